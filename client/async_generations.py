@@ -51,6 +51,7 @@ class AsyncGenerations(ABC):
         allowed_kv_formats: Sequence[str] | None = None,
         max_kv_divergence_nats: float | None = None,
         cache_salt: str | None = None,
+        pin_s: float | None = None,
         max_reasoning_tokens: int | None = None,
         structured_output: Mapping[str, Any] | None = None,
         **unknown: Never,
@@ -68,7 +69,8 @@ class AsyncGenerations(ABC):
         presence_penalty: [0] -100 to 100, subtracted from the logits of tokens of the output
         frequency_penalty: [0] -100 to 100, subtracted once for each occurrence in the output
         seed: [random, and reported back] 64 bits
-        max_tokens: [256] output tokens per choice; 0 with prompt_logprobs computes only the prompt
+        max_tokens: [256] output tokens per choice; 0, with prompt_logprobs or pin_s, computes only
+            the prompt
         min_tokens: [0] no stop token or stop string ends a choice before this many tokens
         stop: [none] strings that end a choice; its text ends before them
         stop_token_ids: [none] token ids that end a choice
@@ -88,6 +90,8 @@ class AsyncGenerations(ABC):
         max_kv_divergence_nats: [none] the most that the KV format may diverge from exact KV, as
             measured: see `model_info().groups`
         cache_salt: [none] cached prefixes are shared only between requests with the same salt
+        pin_s: [none] the prompt stays cached for this many seconds after the request, up to a day;
+            0 ends that. `usage.pinned_tokens` says whether it does, as pins have a bound
         max_reasoning_tokens: [none] after this many tokens of reasoning the model has to answer
         structured_output: [none] what the output must match, as one of {"json_schema": a mapping or
             JSON text}, {"json_object": True}, {"regex": text}, {"grammar": Lark or GBNF},
@@ -122,6 +126,7 @@ class AsyncGenerations(ABC):
                 "allowed_kv_formats": allowed_kv_formats,
                 "max_kv_divergence_nats": max_kv_divergence_nats,
                 "cache_salt": cache_salt,
+                "pin_s": pin_s,
                 "max_reasoning_tokens": max_reasoning_tokens,
                 "structured_output": structured_output,
                 **unknown,
@@ -158,6 +163,7 @@ class AsyncGenerations(ABC):
         allowed_kv_formats: Sequence[str] | None = None,
         max_kv_divergence_nats: float | None = None,
         cache_salt: str | None = None,
+        pin_s: float | None = None,
         max_reasoning_tokens: int | None = None,
         structured_output: Mapping[str, Any] | None = None,
         **unknown: Never,
@@ -175,7 +181,8 @@ class AsyncGenerations(ABC):
         presence_penalty: [0] -100 to 100, subtracted from the logits of tokens of the output
         frequency_penalty: [0] -100 to 100, subtracted once for each occurrence in the output
         seed: [random, and reported back] 64 bits
-        max_tokens: [256] output tokens per choice; 0 with prompt_logprobs computes only the prompt
+        max_tokens: [256] output tokens per choice; 0, with prompt_logprobs or pin_s, computes only
+            the prompt
         min_tokens: [0] no stop token or stop string ends a choice before this many tokens
         stop: [none] strings that end a choice; its text ends before them
         stop_token_ids: [none] token ids that end a choice
@@ -195,6 +202,8 @@ class AsyncGenerations(ABC):
         max_kv_divergence_nats: [none] the most that the KV format may diverge from exact KV, as
             measured: see `model_info().groups`
         cache_salt: [none] cached prefixes are shared only between requests with the same salt
+        pin_s: [none] the prompt stays cached for this many seconds after the request, up to a day;
+            0 ends that. `usage.pinned_tokens` says whether it does, as pins have a bound
         max_reasoning_tokens: [none] after this many tokens of reasoning the model has to answer
         structured_output: [none] what the output must match, as one of {"json_schema": a mapping or
             JSON text}, {"json_object": True}, {"regex": text}, {"grammar": Lark or GBNF},
@@ -229,6 +238,7 @@ class AsyncGenerations(ABC):
                 "allowed_kv_formats": allowed_kv_formats,
                 "max_kv_divergence_nats": max_kv_divergence_nats,
                 "cache_salt": cache_salt,
+                "pin_s": pin_s,
                 "max_reasoning_tokens": max_reasoning_tokens,
                 "structured_output": structured_output,
                 **unknown,
@@ -265,6 +275,7 @@ class AsyncGenerations(ABC):
         allowed_kv_formats: Sequence[str] | None = None,
         max_kv_divergence_nats: float | None = None,
         cache_salt: str | None = None,
+        pin_s: float | None = None,
         max_reasoning_tokens: int | None = None,
         structured_output: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
@@ -289,7 +300,8 @@ class AsyncGenerations(ABC):
         presence_penalty: [0] -100 to 100, subtracted from the logits of tokens of the output
         frequency_penalty: [0] -100 to 100, subtracted once for each occurrence in the output
         seed: [random, and reported back] 64 bits
-        max_tokens: [256] output tokens per choice; 0 with prompt_logprobs computes only the prompt
+        max_tokens: [256] output tokens per choice; 0, with prompt_logprobs or pin_s, computes only
+            the prompt
         min_tokens: [0] no stop token or stop string ends a choice before this many tokens
         stop: [none] strings that end a choice; its text ends before them
         stop_token_ids: [none] token ids that end a choice
@@ -309,6 +321,8 @@ class AsyncGenerations(ABC):
         max_kv_divergence_nats: [none] the most that the KV format may diverge from exact KV, as
             measured: see `model_info().groups`
         cache_salt: [none] cached prefixes are shared only between requests with the same salt
+        pin_s: [none] the prompt stays cached for this many seconds after the request, up to a day;
+            0 ends that. `usage.pinned_tokens` says whether it does, as pins have a bound
         max_reasoning_tokens: [none] after this many tokens of reasoning the model has to answer
         structured_output: [none] what the output must match, as one of {"json_schema": a mapping or
             JSON text}, {"json_object": True}, {"regex": text}, {"grammar": Lark or GBNF},
@@ -354,6 +368,7 @@ class AsyncGenerations(ABC):
                 "allowed_kv_formats": allowed_kv_formats,
                 "max_kv_divergence_nats": max_kv_divergence_nats,
                 "cache_salt": cache_salt,
+                "pin_s": pin_s,
                 "max_reasoning_tokens": max_reasoning_tokens,
                 "structured_output": structured_output,
                 "tools": tools,
@@ -397,6 +412,7 @@ class AsyncGenerations(ABC):
         allowed_kv_formats: Sequence[str] | None = None,
         max_kv_divergence_nats: float | None = None,
         cache_salt: str | None = None,
+        pin_s: float | None = None,
         max_reasoning_tokens: int | None = None,
         structured_output: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
@@ -421,7 +437,8 @@ class AsyncGenerations(ABC):
         presence_penalty: [0] -100 to 100, subtracted from the logits of tokens of the output
         frequency_penalty: [0] -100 to 100, subtracted once for each occurrence in the output
         seed: [random, and reported back] 64 bits
-        max_tokens: [256] output tokens per choice; 0 with prompt_logprobs computes only the prompt
+        max_tokens: [256] output tokens per choice; 0, with prompt_logprobs or pin_s, computes only
+            the prompt
         min_tokens: [0] no stop token or stop string ends a choice before this many tokens
         stop: [none] strings that end a choice; its text ends before them
         stop_token_ids: [none] token ids that end a choice
@@ -441,6 +458,8 @@ class AsyncGenerations(ABC):
         max_kv_divergence_nats: [none] the most that the KV format may diverge from exact KV, as
             measured: see `model_info().groups`
         cache_salt: [none] cached prefixes are shared only between requests with the same salt
+        pin_s: [none] the prompt stays cached for this many seconds after the request, up to a day;
+            0 ends that. `usage.pinned_tokens` says whether it does, as pins have a bound
         max_reasoning_tokens: [none] after this many tokens of reasoning the model has to answer
         structured_output: [none] what the output must match, as one of {"json_schema": a mapping or
             JSON text}, {"json_object": True}, {"regex": text}, {"grammar": Lark or GBNF},
@@ -486,6 +505,7 @@ class AsyncGenerations(ABC):
                 "allowed_kv_formats": allowed_kv_formats,
                 "max_kv_divergence_nats": max_kv_divergence_nats,
                 "cache_salt": cache_salt,
+                "pin_s": pin_s,
                 "max_reasoning_tokens": max_reasoning_tokens,
                 "structured_output": structured_output,
                 "tools": tools,

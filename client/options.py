@@ -63,7 +63,8 @@ class GenerateOptions(TypedDict, total=False):
     presence_penalty: [0] -100 to 100, subtracted from the logits of tokens of the output
     frequency_penalty: [0] -100 to 100, subtracted once for each occurrence in the output
     seed: [random, and reported back] 64 bits
-    max_tokens: [256] output tokens per choice; 0 with prompt_logprobs computes only the prompt
+    max_tokens: [256] output tokens per choice; 0, with prompt_logprobs or pin_s, computes only
+        the prompt
     min_tokens: [0] no stop token or stop string ends a choice before this many tokens
     stop: [none] strings that end a choice; its text ends before them
     stop_token_ids: [none] token ids that end a choice
@@ -83,6 +84,8 @@ class GenerateOptions(TypedDict, total=False):
     max_kv_divergence_nats: [none] the most that the KV format may diverge from exact KV, as
         measured: see `model_info().groups`
     cache_salt: [none] cached prefixes are shared only between requests with the same salt
+    pin_s: [none] the prompt stays cached for this many seconds after the request, up to a day;
+        0 ends that. `usage.pinned_tokens` says whether it does, as pins have a bound
     max_reasoning_tokens: [none] after this many tokens of reasoning the model has to answer
     structured_output: [none] what the output must match, as one of {"json_schema": a mapping or
         JSON text}, {"json_object": True}, {"regex": text}, {"grammar": Lark or GBNF},
@@ -115,6 +118,7 @@ class GenerateOptions(TypedDict, total=False):
     allowed_kv_formats: Sequence[str]
     max_kv_divergence_nats: float
     cache_salt: str
+    pin_s: float
     max_reasoning_tokens: int
     structured_output: Mapping[str, Any]
 

@@ -52,6 +52,7 @@ class Generations(ABC):
         allowed_kv_formats: Sequence[str] | None = None,
         max_kv_divergence_nats: float | None = None,
         cache_salt: str | None = None,
+        pin_s: float | None = None,
         max_reasoning_tokens: int | None = None,
         structured_output: Mapping[str, Any] | None = None,
         **unknown: Never,
@@ -69,7 +70,8 @@ class Generations(ABC):
         presence_penalty: [0] -100 to 100, subtracted from the logits of tokens of the output
         frequency_penalty: [0] -100 to 100, subtracted once for each occurrence in the output
         seed: [random, and reported back] 64 bits
-        max_tokens: [256] output tokens per choice; 0 with prompt_logprobs computes only the prompt
+        max_tokens: [256] output tokens per choice; 0, with prompt_logprobs or pin_s, computes only
+            the prompt
         min_tokens: [0] no stop token or stop string ends a choice before this many tokens
         stop: [none] strings that end a choice; its text ends before them
         stop_token_ids: [none] token ids that end a choice
@@ -89,6 +91,8 @@ class Generations(ABC):
         max_kv_divergence_nats: [none] the most that the KV format may diverge from exact KV, as
             measured: see `model_info().groups`
         cache_salt: [none] cached prefixes are shared only between requests with the same salt
+        pin_s: [none] the prompt stays cached for this many seconds after the request, up to a day;
+            0 ends that. `usage.pinned_tokens` says whether it does, as pins have a bound
         max_reasoning_tokens: [none] after this many tokens of reasoning the model has to answer
         structured_output: [none] what the output must match, as one of {"json_schema": a mapping or
             JSON text}, {"json_object": True}, {"regex": text}, {"grammar": Lark or GBNF},
@@ -123,6 +127,7 @@ class Generations(ABC):
                 "allowed_kv_formats": allowed_kv_formats,
                 "max_kv_divergence_nats": max_kv_divergence_nats,
                 "cache_salt": cache_salt,
+                "pin_s": pin_s,
                 "max_reasoning_tokens": max_reasoning_tokens,
                 "structured_output": structured_output,
                 **unknown,
@@ -159,6 +164,7 @@ class Generations(ABC):
         allowed_kv_formats: Sequence[str] | None = None,
         max_kv_divergence_nats: float | None = None,
         cache_salt: str | None = None,
+        pin_s: float | None = None,
         max_reasoning_tokens: int | None = None,
         structured_output: Mapping[str, Any] | None = None,
         **unknown: Never,
@@ -176,7 +182,8 @@ class Generations(ABC):
         presence_penalty: [0] -100 to 100, subtracted from the logits of tokens of the output
         frequency_penalty: [0] -100 to 100, subtracted once for each occurrence in the output
         seed: [random, and reported back] 64 bits
-        max_tokens: [256] output tokens per choice; 0 with prompt_logprobs computes only the prompt
+        max_tokens: [256] output tokens per choice; 0, with prompt_logprobs or pin_s, computes only
+            the prompt
         min_tokens: [0] no stop token or stop string ends a choice before this many tokens
         stop: [none] strings that end a choice; its text ends before them
         stop_token_ids: [none] token ids that end a choice
@@ -196,6 +203,8 @@ class Generations(ABC):
         max_kv_divergence_nats: [none] the most that the KV format may diverge from exact KV, as
             measured: see `model_info().groups`
         cache_salt: [none] cached prefixes are shared only between requests with the same salt
+        pin_s: [none] the prompt stays cached for this many seconds after the request, up to a day;
+            0 ends that. `usage.pinned_tokens` says whether it does, as pins have a bound
         max_reasoning_tokens: [none] after this many tokens of reasoning the model has to answer
         structured_output: [none] what the output must match, as one of {"json_schema": a mapping or
             JSON text}, {"json_object": True}, {"regex": text}, {"grammar": Lark or GBNF},
@@ -230,6 +239,7 @@ class Generations(ABC):
                 "allowed_kv_formats": allowed_kv_formats,
                 "max_kv_divergence_nats": max_kv_divergence_nats,
                 "cache_salt": cache_salt,
+                "pin_s": pin_s,
                 "max_reasoning_tokens": max_reasoning_tokens,
                 "structured_output": structured_output,
                 **unknown,
@@ -266,6 +276,7 @@ class Generations(ABC):
         allowed_kv_formats: Sequence[str] | None = None,
         max_kv_divergence_nats: float | None = None,
         cache_salt: str | None = None,
+        pin_s: float | None = None,
         max_reasoning_tokens: int | None = None,
         structured_output: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
@@ -290,7 +301,8 @@ class Generations(ABC):
         presence_penalty: [0] -100 to 100, subtracted from the logits of tokens of the output
         frequency_penalty: [0] -100 to 100, subtracted once for each occurrence in the output
         seed: [random, and reported back] 64 bits
-        max_tokens: [256] output tokens per choice; 0 with prompt_logprobs computes only the prompt
+        max_tokens: [256] output tokens per choice; 0, with prompt_logprobs or pin_s, computes only
+            the prompt
         min_tokens: [0] no stop token or stop string ends a choice before this many tokens
         stop: [none] strings that end a choice; its text ends before them
         stop_token_ids: [none] token ids that end a choice
@@ -310,6 +322,8 @@ class Generations(ABC):
         max_kv_divergence_nats: [none] the most that the KV format may diverge from exact KV, as
             measured: see `model_info().groups`
         cache_salt: [none] cached prefixes are shared only between requests with the same salt
+        pin_s: [none] the prompt stays cached for this many seconds after the request, up to a day;
+            0 ends that. `usage.pinned_tokens` says whether it does, as pins have a bound
         max_reasoning_tokens: [none] after this many tokens of reasoning the model has to answer
         structured_output: [none] what the output must match, as one of {"json_schema": a mapping or
             JSON text}, {"json_object": True}, {"regex": text}, {"grammar": Lark or GBNF},
@@ -355,6 +369,7 @@ class Generations(ABC):
                 "allowed_kv_formats": allowed_kv_formats,
                 "max_kv_divergence_nats": max_kv_divergence_nats,
                 "cache_salt": cache_salt,
+                "pin_s": pin_s,
                 "max_reasoning_tokens": max_reasoning_tokens,
                 "structured_output": structured_output,
                 "tools": tools,
@@ -398,6 +413,7 @@ class Generations(ABC):
         allowed_kv_formats: Sequence[str] | None = None,
         max_kv_divergence_nats: float | None = None,
         cache_salt: str | None = None,
+        pin_s: float | None = None,
         max_reasoning_tokens: int | None = None,
         structured_output: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
@@ -422,7 +438,8 @@ class Generations(ABC):
         presence_penalty: [0] -100 to 100, subtracted from the logits of tokens of the output
         frequency_penalty: [0] -100 to 100, subtracted once for each occurrence in the output
         seed: [random, and reported back] 64 bits
-        max_tokens: [256] output tokens per choice; 0 with prompt_logprobs computes only the prompt
+        max_tokens: [256] output tokens per choice; 0, with prompt_logprobs or pin_s, computes only
+            the prompt
         min_tokens: [0] no stop token or stop string ends a choice before this many tokens
         stop: [none] strings that end a choice; its text ends before them
         stop_token_ids: [none] token ids that end a choice
@@ -442,6 +459,8 @@ class Generations(ABC):
         max_kv_divergence_nats: [none] the most that the KV format may diverge from exact KV, as
             measured: see `model_info().groups`
         cache_salt: [none] cached prefixes are shared only between requests with the same salt
+        pin_s: [none] the prompt stays cached for this many seconds after the request, up to a day;
+            0 ends that. `usage.pinned_tokens` says whether it does, as pins have a bound
         max_reasoning_tokens: [none] after this many tokens of reasoning the model has to answer
         structured_output: [none] what the output must match, as one of {"json_schema": a mapping or
             JSON text}, {"json_object": True}, {"regex": text}, {"grammar": Lark or GBNF},
@@ -487,6 +506,7 @@ class Generations(ABC):
                 "allowed_kv_formats": allowed_kv_formats,
                 "max_kv_divergence_nats": max_kv_divergence_nats,
                 "cache_salt": cache_salt,
+                "pin_s": pin_s,
                 "max_reasoning_tokens": max_reasoning_tokens,
                 "structured_output": structured_output,
                 "tools": tools,

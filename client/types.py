@@ -112,7 +112,10 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a request used, over all choices. Pages are per rank, bytes over all ranks."""
+    """What a request used, over all choices. Pages are per rank, bytes over all ranks.
+
+    pinned_tokens: of the prompt, that stay cached because of pin_s
+    """
 
     prompt_tokens: int
     completion_tokens: int
@@ -130,6 +133,7 @@ class Usage:
     kv_format: str
     failovers: int
     cached_tokens_by_tier: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    pinned_tokens: int = 0
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -356,6 +360,7 @@ class GroupFacts:
 
     max_num_batched_tokens, device: 0 and "" from a server that does not say them
     operators: that were chosen when the group started, such as "far keys: torch, sums: NCCL"
+    layout_reason: why it has this tp and kvp; "" if they were given
     """
 
     group: str
@@ -375,6 +380,7 @@ class GroupFacts:
     max_num_batched_tokens: int = 0
     device: str = ""
     operators: str = ""
+    layout_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -423,6 +429,8 @@ class GroupLoads:
     """What a group is running, holds, and has done since it started. Bytes over all ranks.
 
     oldest: the live sequences that it has had for longest, oldest first
+    pinned_pages: of prompts, that stay cached for a time; pinned_evictions_total: of these, how
+        many running requests needed all the same
     """
 
     group: str
@@ -447,6 +455,8 @@ class GroupLoads:
     time_per_output_token: LatencySummary
     queue_time: LatencySummary
     oldest: tuple[SequenceLoads, ...]
+    pinned_pages: int = 0
+    pinned_evictions_total: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -141,6 +141,8 @@ class RouterReplica:
     async def __init__(self, deployed: Deployed) -> None:  # type: ignore[misc]  # Serve awaits it
         use_serve_log()
         config = deployed.config
+        if config.layout.reason is not None:
+            logger.info("layout: %s", config.layout.reason)
         self._identity = deployed.identity
         self._drain_s = config.timeouts.drain_s
         settings = RouterConfig(
@@ -304,6 +306,12 @@ def build(args: dict[str, Any]) -> serve.Application:
         raise ConfigError(
             "auth.keys",
             "must have a key, or auth.key_directory be set: none is generated on a cluster",
+        )
+    if config.layout.mode == "auto":
+        raise ConfigError(
+            "layout.mode",
+            "is auto, which only `kvmesh serve` resolves: set engine.tp, engine.kvp and groups, as "
+            "`kvmesh plan` recommends them",
         )
     deployed = Deployed(config, Identity.make())
     health = {

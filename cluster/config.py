@@ -75,6 +75,30 @@ class GroupSection(EngineSection):
         return engine.model_copy(update=changes)
 
 
+class LayoutSection(Settings):
+    """How the GPUs are divided into groups, and a group's into tp × kvp."""
+
+    mode: Literal["given", "auto"] = Field(
+        default="given",
+        description="given: as groups, engine.tp and engine.kvp say; auto: `kvmesh serve` chooses "
+        "those of the three that are not set, by the model's heads, the GPUs' memory and "
+        "engine.max_model_len",
+    )
+    ranks: Annotated[WholeNumber, Field(ge=1, le=MAX_GROUPS)] | None = Field(
+        default=None,
+        description="With auto: ranks of all groups together, each on a GPU if there are any; "
+        "null: all GPUs, or what is given on CPUs",
+    )
+    sequences: Annotated[WholeNumber, Field(ge=1)] | None = Field(
+        default=None,
+        description="With auto: sequences of engine.max_model_len tokens that must run at once, "
+        "in all groups together; null: one for each GPU, or as many as fit",
+    )
+    reason: str | None = Field(
+        default=None, description="Why auto chose what it did; written by `kvmesh serve`"
+    )
+
+
 class IngressSection(Settings):
     """The endpoints that clients connect to: gRPC, and OpenAI's API over HTTP."""
 
@@ -365,6 +389,9 @@ class ClusterConfig(Settings):
         default=1,
         description="Engine replicas: their number, or a list with what each has otherwise than "
         "`engine`, e.g. [{kv_format: int8}, {kv_format: k4v4}]",
+    )
+    layout: LayoutSection = Field(
+        default=LayoutSection(), description="How GPUs are divided into groups and ranks"
     )
     autoscaling: AutoscalingSection = Field(
         default=AutoscalingSection(), description="Groups that come and go with the load"

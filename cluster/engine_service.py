@@ -174,6 +174,7 @@ def _request(message: Submit, sequence: NewSequence) -> EngineRequest:
         suspicion=message.suspicion,
         constraint=message.constraint,
         scored_tokens=sequence.scored,
+        pin=message.pin,
     )
 
 

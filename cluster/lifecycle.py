@@ -8,10 +8,12 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from kvmesh.cluster import deployment
+from kvmesh.cluster.auto_layout import gpus_by_type, with_layout
 from kvmesh.cluster.config import ClusterConfig
 from kvmesh.cluster.drain import RouterCalls, RouterContact
 from kvmesh.cluster.environment import serve_variables
@@ -62,6 +64,7 @@ class Cluster:
     def __init__(self, config: ClusterConfig, progress: Progress | None = None) -> None:
         self._config = config
         self._progress = progress or _silent
+        self._model = Path()  # where its files are, once it has been found
         self._local: LocalRay | None = None
         self._dashboard_url: str | None = None
         self._router: RouterContact | None = None
@@ -121,11 +124,15 @@ class Cluster:
         if config.ray.address is None:
             check_ray_sends_tokens()
         files = resolve_model(config.model, progress=self._progress)
+        self._model = files.path
         facts = read_facts(files.path)
-        check_layouts(config, facts)
+        if config.layout.mode == "given":
+            check_layouts(config, facts)
         if config.ray.address is None:
             gpus = local_gpu_memory()
             check_devices(config, len(gpus))
+            config = with_layout(config, files.path, [gpus] if gpus else [])
+            check_layouts(config, facts)
             check_nodes(config, [{"CPU": logical_cpus(config), "GPU": len(gpus)}])
             check_memory(config, facts, has_gpus=bool(gpus))
             chosen = {
@@ -164,7 +171,10 @@ class Cluster:
 
     def _deploy(self, config: ClusterConfig) -> None:
         ray = import_ray()
-        check_nodes(config, alive(ray.nodes()))
+        nodes = alive(ray.nodes())
+        if config.layout.mode == "auto":  # on nodes of others, which are known only now
+            config = with_layout(config, self._model, gpus_by_type(nodes))
+        check_nodes(config, nodes)
         self._progress("starting Serve", None)
         deployment.submit(serve_config(config))
         for waiting in until_running(config.timeouts.start_s):

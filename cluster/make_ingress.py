@@ -49,6 +49,7 @@ def make_ingress(
         queue_timeout_s=config.router.queue_timeout_s,
         defaults=config.generation.defaults(path),
         divergence_nats={**DIVERGENCE_NATS, **config.ingress.kv_divergence_nats},
+        layout_reason=config.layout.reason or "",
         traces=make_traces(
             config.traces.endpoint, config.traces.sample_ratio, name, package_version()
         ),

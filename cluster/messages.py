@@ -19,7 +19,7 @@ from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.workers.constraint import OutputConstraint
 from kvmesh.workers.lease import AccountUpdate, LeaseTerms, PageChanges
 from kvmesh.workers.loads import EngineInfo
-from kvmesh.workers.request import EndReason, SequenceDelta
+from kvmesh.workers.request import EndReason, PinTerms, SequenceDelta
 from kvmesh.workers.sampling_params import SamplingParams
 
 
@@ -177,6 +177,7 @@ class Submit(_Message):
     prompt: int32 token ids, little-endian
     suspicion: how many engines have failed, perhaps because of the request
     constraint: of every sequence's output
+    pin: of the prompt
     """
 
     lease: LeaseTerms
@@ -186,6 +187,7 @@ class Submit(_Message):
     cache_salt: str = ""
     suspicion: int = 0
     constraint: OutputConstraint | None = None
+    pin: PinTerms | None = None
 
 
 class End(_Message):

@@ -196,8 +196,8 @@ GROUP = Dashboard(
                     value(
                         table.GROUP_INFO,
                         agg="max",
-                        by="group, model, kv_format, dtype, tp",
-                        legend="{{group}}: {{model}}, {{kv_format}}, tp {{tp}}",
+                        by="group, model, kv_format, dtype, tp, kvp",
+                        legend="{{group}}: {{model}}, {{kv_format}}, tp {{tp}} kvp {{kvp}}",
                     ),
                 ),
                 table.GROUP_INFO.help,
@@ -273,6 +273,18 @@ GROUP = Dashboard(
                 table.POOL_PAGES.help,
             ),
             POOL_BYTES,
+            Panel(
+                "Pinned pages",
+                "short",
+                (value(table.PINNED_PAGES, by="group"),),
+                table.PINNED_PAGES.help,
+            ),
+            Panel(
+                "Pinned pages that were needed",
+                "short",
+                (total(table.PINNED_EVICTIONS, by="group"),),
+                "Since the start: " + table.PINNED_EVICTIONS.help,
+            ),
             Panel(
                 "Preemptions",
                 "short",

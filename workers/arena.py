@@ -12,22 +12,35 @@ and the lowest rank is evicted first, of equal ones the one that was released fi
 rank of the page that was evicted last, so what is not used again is overtaken in time. Worths of 0
 give the order of release. A page's worth is the largest that it was released with: so what every
 sequence that holds a page also holds is never evicted before that page, if it is released after it.
+
+Pages with a pinned key are evicted after all others, in the same order.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 Key = bytes
 
 
 class Arena:
-    """Allocates pages 0 … total − 1; calls `on_evict` with the key of an evicted page."""
+    """Allocates pages 0 … total − 1; calls `on_evict` with the key of an evicted page.
 
-    def __init__(self, total: int, on_evict: Callable[[Key], None] = lambda key: None) -> None:
+    pinned: keys whose pages are evicted last; `rerank` a page whose key enters or leaves them
+    pinned_evictions: how many of their pages were evicted all the same
+    """
+
+    def __init__(
+        self,
+        total: int,
+        on_evict: Callable[[Key], None] = lambda key: None,
+        pinned: Container[Key] = (),
+    ) -> None:
         self.total = total
+        self.pinned_evictions = 0
         self._on_evict = on_evict
+        self._pinned = pinned
         self._free = list(range(total - 1, -1, -1))
         self._holders = [0] * total
         self._keys: dict[int, Key] = {}
@@ -35,9 +48,10 @@ class Arena:
         self._shares = [0] * total
         self._age = 0.0
         self._released = 0
-        # (rank, number of the release, page) of each cached page; the heap also has outdated ones.
-        self._cached: dict[int, tuple[float, int, int]] = {}
-        self._heap: list[tuple[float, int, int]] = []
+        # (whether it is pinned, rank, number of the release, page) of each cached page; the heap
+        # also has outdated ones.
+        self._cached: dict[int, tuple[bool, float, int, int]] = {}
+        self._heap: list[tuple[bool, float, int, int]] = []
 
     @property
     def available(self) -> int:
@@ -72,11 +86,12 @@ class Arena:
     def _evict(self) -> int:
         while True:
             entry = heapq.heappop(self._heap)
-            rank, _, page = entry
+            pinned, rank, _, page = entry
             if self._cached.get(page) is entry:
                 break
         del self._cached[page]
-        self._age = rank
+        self.pinned_evictions += pinned
+        self._age = max(self._age, rank)  # pinned ones have waited, perhaps at a lower one
         self._on_evict(self._keys.pop(page))
         return page
 
@@ -121,10 +136,16 @@ class Arena:
         self._shares[page] -= 1
         self.release(page)
 
+    def rerank(self, page: int) -> None:
+        """The key of a page was pinned, or is no longer."""
+        if page in self._cached:
+            self._keep(page)
+
     def _keep(self, page: int) -> None:
         rank = self._age + self._worths[page] * (1 + self._shares[page])
         self._released += 1
-        entry = self._cached[page] = rank, self._released, page
+        pinned = self._keys[page] in self._pinned
+        entry = self._cached[page] = pinned, rank, self._released, page
         heapq.heappush(self._heap, entry)
         if len(self._heap) > 2 * self.total:
             self._heap = list(self._cached.values())

@@ -31,6 +31,7 @@ from kvmesh.workers.quantities import (
     Number,
     Seconds,
     Switch,
+    Tokens,
     WholeNumber,
 )
 from kvmesh.workers.rope_override import RopeOverride
@@ -168,11 +169,22 @@ class EngineSettings(Settings):
         description="Seconds that a step may take while sequences decode: prompts are chunked to "
         "fit; null: 0.1 on GPUs, unlimited on CPUs",
     )
-    max_model_len: WholeNumber | None = Field(
-        default=None, ge=1, description="Maximum tokens of a sequence; null: the model's limit"
+    max_model_len: Tokens | None = Field(
+        default=None,
+        description="Maximum tokens of a sequence, e.g. 131072, 128k or 1M; null: the model's",
     )
     prefix_cache: Switch = Field(
         default=True, description="Share sealed pages between equal prefixes"
+    )
+    max_pinned_share: Number = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Share of a group's pages that pinned prompts (pin_s) may hold; 0: no prompt "
+        "can be pinned",
+    )
+    max_pinned_share_per_key: Number = Field(
+        default=0.25, ge=0, le=1, description="... of which those of one tenant's keys"
     )
     threads_per_rank: WholeNumber | None = Field(
         default=None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 from kvmesh.workers.arena import Arena, Key
@@ -12,12 +13,14 @@ class DealtArena:
 
     total: pages of one rank; all have as many
     parts: each rank's arena
+    pinned: keys whose pages are evicted after all others, and how often each was pinned
     """
 
     def __init__(self, total: int, kvp: int, on_evict: Callable[[Key], None]) -> None:
         self.total = total
         self.kvp = kvp
-        self.parts = tuple(Arena(total, on_evict) for _ in range(kvp))
+        self.pinned: Counter[Key] = Counter()
+        self.parts = tuple(Arena(total, on_evict, self.pinned) for _ in range(kvp))
 
     @property
     def used(self) -> int:
@@ -33,6 +36,11 @@ class DealtArena:
     def available(self) -> list[int]:
         """How many pages `take` can return for each rank."""
         return [part.available for part in self.parts]
+
+    @property
+    def pinned_evictions(self) -> int:
+        """Of all ranks together: pages that were evicted though they were pinned."""
+        return sum(part.pinned_evictions for part in self.parts)
 
     @property
     def fullest(self) -> Arena:
@@ -64,6 +72,18 @@ class DealtArena:
         """See Arena.release."""
         self._part(page).release(page // self.kvp, worth)
 
+    def pin(self, key: Key, page: int | None) -> None:
+        """Evict the page of this key last. page: that has the key now, if any"""
+        self.pinned[key] += 1
+        self._rerank(page)
+
+    def unpin(self, key: Key, page: int | None) -> None:
+        """Undo `pin`."""
+        self.pinned[key] -= 1
+        if not self.pinned[key]:
+            del self.pinned[key]
+        self._rerank(page)
+
     def was_shared(self, page: int) -> bool:
         """See Arena.was_shared."""
         return self._part(page).was_shared(page // self.kvp)
@@ -83,6 +103,10 @@ class DealtArena:
             part.check()
         names = sum(len(part.named) for part in self.parts)
         assert len(self.named) == names, "pages of two ranks have the same key"
+
+    def _rerank(self, page: int | None) -> None:
+        if page is not None:
+            self._part(page).rerank(page // self.kvp)
 
     def _part(self, page: int) -> Arena:
         return self.parts[page % self.kvp]

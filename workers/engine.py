@@ -94,6 +94,7 @@ class Engine:
             max_num_batched_tokens=limits.max_num_batched_tokens,
             prefix_cache=self.info.prefix_cache,
             step_budget=step_budget,
+            pinned_shares=(config.max_pinned_share, config.max_pinned_share_per_key),
         )
         self._eos = frozenset(rank.eos_token_ids)
         self._live: dict[str, Sequence] = {}
@@ -157,8 +158,10 @@ class Engine:
         return self._pipeline.blame
 
     def deadline_s(self) -> float | None:
-        """Seconds until the earliest deadline, None without one."""
-        return self._deadlines.left_s(self._clock())
+        """Seconds until the earliest deadline of a sequence or a pin, None without one."""
+        now = self._clock()
+        left = (self._deadlines.left_s(now), self.scheduler.pins.left_s(now))
+        return min((each for each in left if each is not None), default=None)
 
     def loads(self) -> EngineLoads:
         """A snapshot, except for the leases, which the leader adds."""
@@ -194,7 +197,9 @@ class Engine:
         return deltas
 
     def _end_due(self) -> list[SequenceDelta]:
-        """End sequences that cannot continue: their time is up, or their grammar is not valid."""
+        """End what cannot continue: sequences whose time is up or whose grammar is not valid, and
+        pins that have expired."""
+        self.scheduler.pins.expire(self._clock())
         deltas = [
             self._finish(self._live[name], EndReason.DEADLINE)
             for name in self._deadlines.take_due(self._clock())
@@ -244,6 +249,7 @@ class Engine:
         seq.append(token.token_id)
         if seq.first_token_s is None:
             seq.first_token_s = now
+            self._pin(seq, now)
         seq.last_token_s = now
         if state is not None:
             state.accept(token.token_id)
@@ -254,6 +260,11 @@ class Engine:
         if (end := _end_of(seq, token.token_id, self._eos)) is None:
             return delta
         return self._finish(seq, end, delta)
+
+    def _pin(self, seq: Sequence, now: float) -> None:
+        """Its prompt is computed, or it ends: keep it for as long as it is wanted from now on."""
+        if seq.request.pin is not None:
+            self.scheduler.pin(seq, seq.request.pin, now)
 
     def _fault(self, seq: Sequence, error: str) -> SequenceDelta | None:
         """Something is wrong with what was computed: try again without pages of others, once."""
@@ -271,6 +282,9 @@ class Engine:
     ) -> SequenceDelta:
         """Free its pages. last: with its last token, if it got one in this step"""
         name = seq.request.request_id
+        only_prompt = reason is EndReason.LENGTH and seq.request.params.max_tokens == 0
+        if seq.first_token_s is not None or only_prompt:
+            self._pin(seq, self._clock())
         self.scheduler.remove(seq)
         self._deadlines.remove(name)
         self._constrained.remove(seq)
@@ -339,7 +353,16 @@ def _info(
         device=rank.device,
         rope=rank.rope,
         operators=rank.operators,
+        max_pinned_pages=_max_pinned_pages(config, geometry, pool),
     )
+
+
+def _max_pinned_pages(config: EngineConfig, geometry: PageGeometry, pool: PoolPlan) -> int:
+    """Of a prompt, that one key's pins can hold."""
+    if not config.prefix_cache or geometry.state_bytes:
+        return 0
+    share = min(config.max_pinned_share, config.max_pinned_share_per_key)
+    return int(share * pool.sealed_pages * geometry.kvp)
 
 
 def _step_budget(config: EngineConfig, rank: RankDescription) -> StepBudget | None:

@@ -97,6 +97,8 @@ class EngineStats:
             outcomes_total=dict(self._outcomes),
             oldest=tuple(_load(seq, now) for seq in itertools.islice(live, OLDEST)),
             expert_imbalance=self.expert_imbalance,
+            pinned_pages=scheduler.pins.pages.sealed,
+            pinned_evictions_total=cache.hot.pinned_evictions + cache.sealed.pinned_evictions,
         )
 
 

@@ -102,17 +102,14 @@ class EngineThread:
         Returns False to end the thread.
         """
         while True:
-            patience_s = None
             if self._commands.empty():
                 if engine.awaits_result or (engine.has_work and not engine.stalled):
                     return True
-                if engine.has_work:
-                    patience_s = engine.deadline_s()
-                else:
+                if not engine.has_work:
                     engine.check_integrity()
                 self._publish(engine, [], report=True)
             try:
-                command = self._commands.get(timeout=patience_s)
+                command = self._commands.get(timeout=engine.deadline_s())
             except queue.Empty:
                 return True
             if command is None:

@@ -24,6 +24,7 @@ class EngineInfo:
     max_num_batched_tokens: of a step
     device: of the ranks, cpu or cuda
     operators: see RankDescription
+    max_pinned_pages: of a prompt, that pins of one key can hold; 0 if nothing can be pinned
     """
 
     epoch: str
@@ -42,6 +43,7 @@ class EngineInfo:
     device: str = "cpu"
     rope: str = "default"
     operators: str = ""
+    max_pinned_pages: int = 0
 
     @property
     def capacity_bytes(self) -> int:
@@ -112,6 +114,8 @@ class EngineLoads:
     expert_imbalance: tokens of the busiest expert relative to the mean, as measured last; None
         for models without experts
     prefill_tokens_total, decode_tokens_total: computed in chunks of prompts, and singly
+    pinned_pages: of prompts, that stay cached for a time, over all ranks that share a sequence's
+    pinned_evictions_total: pages that were needed all the same
     """
 
     running: int = 0
@@ -129,3 +133,5 @@ class EngineLoads:
     oldest: tuple[SequenceLoad, ...] = ()
     outcomes_total: dict[str, int] = field(default_factory=dict)
     expert_imbalance: float | None = None
+    pinned_pages: int = 0
+    pinned_evictions_total: int = 0

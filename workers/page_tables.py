@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Collection
 
 from kvmesh.workers.deal import PageDeal
@@ -25,14 +24,11 @@ class PageTables:
     def reuse(self, seq: Sequence, max_pages: int) -> PrefixHit:
         """Share cached pages of a sequence's beginning, of which it holds none so far.
 
-        This decides how its pages are dealt: like those that are cached or, if none are, by its
-        first tokens, so that sequences that have these in common can share pages later.
+        This decides how its pages are dealt: by its first tokens, as those that are cached are.
         """
-        known = seq.digests(max_pages)[:max_pages] if seq.shares_pages else ()
-        kvp = self._geometry.kvp
-        beginning = seq.tokens[: self._geometry.page_size]
-        hit = self._cache.match(known, zlib.crc32(beginning.tobytes()) % kvp if kvp > 1 else 0)
-        seq.deal = PageDeal(kvp, hit.offset)
+        seq.take_deal(PageDeal.of(self._geometry.kvp, seq.tokens))
+        known = seq.digests(max_pages)[:max_pages] if seq.is_findable else ()
+        hit = self._cache.match(known)
         self._cache.share(hit)
         seq.hot.update(hit.hot)
         seq.sealed.update(hit.sealed)
@@ -56,13 +52,14 @@ class PageTables:
         for page in pages:
             digest = found = None
             # A page that a pending token fills has no digest yet, so it is sealed for itself.
-            if seq.shares_pages and page < seq.num_tokens // self._geometry.page_size:
+            if seq.is_findable and page < seq.num_tokens // self._geometry.page_size:
                 digest = seq.digests(page + 1)[page]
                 found = self._cache.find_sealed(digest)
                 if found is None:
                     found = draft.being_sealed(seq, digest)
             rank = seq.deal.rank_of(page)
-            if found is not None and found % seq.deal.kvp == rank:
+            if found is not None:
+                assert found % seq.deal.kvp == rank, "equal contents are on two ranks"
                 seq.sealed[page] = self._cache.sealed.share(found)
             else:
                 seq.sealed[page] = self._cache.sealed.take(rank)
@@ -75,10 +72,10 @@ class PageTables:
         if seq.num_named == seq.num_computed // self._geometry.page_size:
             return  # no page has become full since
         due = self._geometry.sealed_range(seq.num_computed)
-        if seq.shares_pages:
+        if seq.is_findable:
             self._name(seq, due.stop)
         for page in [page for page in seq.hot if page in due]:
-            near_end = self._ends_near(seq, page)
+            near_end = self.ends_near(seq, page)
             self._cache.release_hot(seq.hot.pop(page), seq.num_computed, at_end=near_end)
 
     def start(self, seq: Sequence) -> None:
@@ -110,7 +107,7 @@ class PageTables:
         held = PageNeed(len(hot), len(sealed))
         assert used == held, f"{used} are in use, {held} held by sequences: {_holdings(running)}"
 
-    def _ends_near(self, seq: Sequence, page: int) -> bool:
+    def ends_near(self, seq: Sequence, page: int) -> bool:
         """Whether the page is at the end of the prompt, where another question about the same
         document is likely to differ."""
         pages = seq.prompt_tokens // self._geometry.page_size

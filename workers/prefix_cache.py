@@ -55,15 +55,11 @@ class _Forms:
 
 @dataclass(frozen=True, slots=True)
 class PrefixHit:
-    """Pages to share: the first `num_pages` logical pages, in the forms that will be read.
-
-    offset: of the deal of a sequence that shares them
-    """
+    """Pages to share: the first `num_pages` logical pages, in the forms that will be read."""
 
     num_pages: int
     hot: dict[int, int]
     sealed: dict[int, int]
-    offset: int = 0
 
 
 class PrefixCache:
@@ -71,7 +67,7 @@ class PrefixCache:
 
     def __init__(self, geometry: PageGeometry, hot_total: int, sealed_total: int, enabled: bool):
         self._geometry = geometry
-        self._enabled = enabled
+        self.enabled = enabled
         # Without exact windows no sequence can use a cached hot page.
         self._keep_hot = enabled and geometry.sink_pages + geometry.recent_pages > 0
         self._forms: dict[Digest, _Forms] = {}
@@ -106,7 +102,7 @@ class PrefixCache:
 
     def name_sealed(self, digest: Digest, page: int) -> None:
         """Make a sealed page findable, unless its contents already are."""
-        if self._enabled and self._forms.setdefault(digest, _Forms()).sealed is None:
+        if self.enabled and self._forms.setdefault(digest, _Forms()).sealed is None:
             self._forms[digest].sealed = page
             self.sealed.name(page, digest)
 
@@ -124,6 +120,20 @@ class PrefixCache:
                 if page is not None:
                     arena.unname(page)
 
+    def pin_hot(self, digest: Digest) -> None:
+        """Evict the exact form of a page last, once it is there."""
+        self.hot.pin(digest, self._forms.get(digest, _Forms()).hot)
+
+    def unpin_hot(self, digest: Digest) -> None:
+        self.hot.unpin(digest, self._forms.get(digest, _Forms()).hot)
+
+    def pin_sealed(self, digest: Digest) -> None:
+        """Evict the sealed form of a page last, once it is there."""
+        self.sealed.pin(digest, self._forms.get(digest, _Forms()).sealed)
+
+    def unpin_sealed(self, digest: Digest) -> None:
+        self.sealed.unpin(digest, self._forms.get(digest, _Forms()).sealed)
+
     def take_changes(self) -> dict[Digest, bool]:
         """Block ends -> whether they are cached, for those that changed since the last call."""
         changes, self._changes = self._changes, {}
@@ -133,27 +143,9 @@ class PrefixCache:
         forms = self._forms.get(digest)
         return forms.sealed if forms else None
 
-    def match(self, digests: Seq[Digest], offset: int = 0) -> PrefixHit:
+    def match(self, digests: Seq[Digest]) -> PrefixHit:
         """The longest usable prefix of n pages: the query page after it reads pages [0, sink) and
-        [n − recent, n) exactly, the others sealed. Does not share the pages yet.
-
-        offset: by which the pages are dealt if the first is not cached; if it is, they have to
-            belong to the ranks that follow the rank of that one
-        """
-        offsets = {offset}
-        if digests and (first := self._forms.get(digests[0])) is not None:
-            kvp = self._geometry.kvp
-            offsets = {page % kvp for page in (first.hot, first.sealed) if page is not None}
-        hits = [self._match(digests, each) for each in sorted(offsets)]
-        return max(hits, key=lambda hit: hit.num_pages)
-
-    def _match(self, digests: Seq[Digest], offset: int) -> PrefixHit:
-        """The longest prefix among the pages that are dealt by this offset."""
-        kvp = self._geometry.kvp
-
-        def own(page_id: int | None, page: int) -> bool:
-            return page_id is not None and page_id % kvp == (page + offset) % kvp
-
+        [n − recent, n) exactly, the others sealed. Does not share the pages yet."""
         sink, recent = self._geometry.sink_pages, self._geometry.recent_pages
         best = 0
         hot_run = 0  # consecutive hot pages that end here
@@ -162,11 +154,11 @@ class PrefixCache:
             forms = self._forms.get(digest)
             if forms is None:
                 break
-            is_hot = own(forms.hot, page)
+            is_hot = forms.hot is not None
             hot_run = hot_run + 1 if is_hot else 0
             if page < sink and not is_hot:
                 break
-            if page == sealed_run and own(forms.sealed, page):
+            if page == sealed_run and forms.sealed is not None:
                 sealed_run += 1
             length = page + 1
             if length - recent <= sealed_run and hot_run >= min(recent, max(0, length - sink)):
@@ -181,7 +173,6 @@ class PrefixCache:
             best,
             {p: page for p, page in hot.items() if page is not None},
             {p: page for p, page in sealed.items() if page is not None},
-            offset,
         )
 
     def share(self, hit: PrefixHit) -> None:

@@ -99,6 +99,20 @@ AutoSwitch = Annotated[Auto | Annotated[Switch, Tag("[given]")], Discriminator(_
 WholeNumber = Annotated[
     int, Field(le=MAX_WHOLE), BeforeValidator(reader_of("a whole number", {}, whole=True))
 ]
+_TOKEN_UNITS: Mapping[str, Fraction] = {"k": Fraction(1 << 10), "M": Fraction(1 << 20)}
+Tokens = Annotated[
+    int,
+    Field(ge=1, le=MAX_WHOLE),
+    BeforeValidator(
+        reader_of(
+            "a whole number of tokens, or one with a unit: k (times 1024) or M (times 1024²)",
+            _TOKEN_UNITS,
+            whole=True,
+        ),
+        json_schema_input_type=Annotated[int, Field(ge=1)]
+        | Annotated[str, Field(pattern=_pattern(_TOKEN_UNITS))],
+    ),
+]
 # A number of things, at least one.
 AutoCount = Annotated[
     Auto | Annotated[WholeNumber, Field(ge=1), Tag("[given]")], Discriminator(_kind_of)

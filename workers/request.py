@@ -33,6 +33,18 @@ NATURAL_ENDS = frozenset({EndReason.STOP, EndReason.LENGTH})
 
 
 @dataclass(frozen=True, slots=True)
+class PinTerms:
+    """A prompt stays cached after its request (pins.py).
+
+    owner: whose pins have a bound of their own
+    keep_s: seconds after its request has ended; 0 ends the owner's pin of this prompt
+    """
+
+    owner: str
+    keep_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class EngineRequest:
     """One sequence to generate.
 
@@ -47,6 +59,7 @@ class EngineRequest:
     constraint: what the output must be, None for anything
     scored_tokens: of the prompt's, from its second on, those whose log-probabilities the client
         has
+    pin: of the prompt, None for none
     """
 
     request_id: str
@@ -59,6 +72,7 @@ class EngineRequest:
     suspicion: int = 0
     constraint: OutputConstraint | None = None
     scored_tokens: int = 0
+    pin: PinTerms | None = None
 
 
 class SampledLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -77,6 +91,7 @@ class SequenceUsage(msgspec.Struct, frozen=True, array_like=True, gc=False):
     sealed_pages, hot_pages: the most it held at once; kv_bytes: the bytes of
     those, over all ranks; cached_tokens: prompt tokens found in the prefix cache
     reserved_bytes: its part of the lease as it was at the end, over all ranks
+    pinned_tokens: of the prompt, that stay cached because it was to be pinned
     """
 
     prompt_tokens: int
@@ -90,6 +105,7 @@ class SequenceUsage(msgspec.Struct, frozen=True, array_like=True, gc=False):
     time_to_first_token_s: float | None
     total_s: float
     preemptions: int
+    pinned_tokens: int = 0
 
 
 class PrefillProgress(msgspec.Struct, frozen=True, array_like=True, gc=False):

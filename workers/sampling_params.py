@@ -53,6 +53,7 @@ RANGES: Mapping[str, NumberRange] = {
     "logprobs": NumberRange(0, 20),
     "prompt_tokens": NumberRange(1, 2**40),
     "timeout_s": NumberRange(0, 30 * 24 * 3600, above=True),
+    "pin_s": NumberRange(0, 24 * 3600),
 }
 _NUMBERS = (
     "temperature",
@@ -84,6 +85,7 @@ class SamplingParams:
     logit_bias: token id -> bias added to its logit
     logprobs: None for none, n for the chosen token's and the n best alternatives'
     prompt_logprobs: the same for the tokens of the prompt; max_tokens may then be 0
+    output_optional: max_tokens may be 0 without them, too
     Raises InvalidFieldError naming the field.
     """
 
@@ -102,9 +104,11 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    output_optional: bool = False
 
     def __post_init__(self) -> None:
-        only_prompt = self.prompt_logprobs is not None and self.max_tokens == 0
+        optional = self.output_optional or self.prompt_logprobs is not None
+        only_prompt = optional and self.max_tokens == 0
         for name in _NUMBERS:
             if not (only_prompt and name == "max_tokens"):
                 RANGES[name].check(name, getattr(self, name))

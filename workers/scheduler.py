@@ -24,9 +24,11 @@ from collections import deque
 
 from kvmesh.workers.deal import fits
 from kvmesh.workers.page_tables import PageTables
+from kvmesh.workers.pins import PinBounds, Pins
 from kvmesh.workers.plan import Chunk, StepPlan
 from kvmesh.workers.pool_plan import PoolPlan
 from kvmesh.workers.prefix_cache import PrefixCache
+from kvmesh.workers.request import PinTerms
 from kvmesh.workers.sequence import Sequence
 from kvmesh.workers.sizes import PageGeometry
 from kvmesh.workers.step_budget import StepBudget
@@ -39,6 +41,7 @@ class Scheduler:
     the ranks carried the oldest plan out.
 
     in_flight: steps that were decided and not committed, oldest first
+    pinned_shares: of the pages, that pins may hold, all together and of one owner
     """
 
     def __init__(
@@ -49,11 +52,16 @@ class Scheduler:
         max_num_batched_tokens: int,
         prefix_cache: bool,
         step_budget: StepBudget | None = None,
+        pinned_shares: tuple[float, float] = (0.5, 0.25),
     ) -> None:
         self.geometry = geometry
         self.pool = pool
         self.cache = PrefixCache(geometry, pool.hot_total, pool.sealed_pages, prefix_cache)
         self._pages = PageTables(geometry, self.cache)
+        bounds = PinBounds.of(
+            pool.hot_total * geometry.kvp, pool.sealed_pages * geometry.kvp, *pinned_shares
+        )
+        self.pins = Pins(self.cache, bounds)
         self.waiting: list[Sequence] = []  # by arrival
         self.running: list[Sequence] = []  # by arrival
         self.in_flight: deque[StepInFlight] = deque()
@@ -93,6 +101,27 @@ class Scheduler:
         self.preemptions_total += 1
         self.add(seq)
         return seq
+
+    def pin(self, seq: Sequence, terms: PinTerms, now: float) -> None:
+        """Its prompt is computed, or it ends: its full pages stay cached from now on.
+
+        `Sequence.pinned_tokens` says of how many tokens; of none if a bound is reached.
+        """
+        pages = seq.prompt_tokens // self.geometry.page_size
+        if not pages or not seq.is_findable or not self.cache.enabled:
+            return
+        digests = seq.digests(pages)[:pages]
+        if not terms.keep_s:
+            self.pins.end(terms.owner, digests[-1])
+            return
+        windows = self.geometry.sink_pages + self.geometry.recent_pages > 0
+        exact = [
+            digest
+            for page, digest in enumerate(digests)
+            if windows and (page < self.geometry.sink_pages or self._pages.ends_near(seq, page))
+        ]
+        held = self.pins.hold(terms.owner, digests, exact, now + terms.keep_s)
+        seq.pinned_tokens = pages * self.geometry.page_size if held else 0
 
     def isolate(self, seq: Sequence) -> None:
         """Compute a running sequence again, without sharing pages; they may hold NaN.
@@ -151,6 +180,7 @@ class Scheduler:
     def check(self) -> None:
         """Audit: every page held by a sequence is used, every row by one, and nothing else is."""
         self._pages.check(self.running)
+        self.pins.check()
         rows = len(self._free_rows) + len(self.running)
         assert rows == self.pool.max_num_seqs, f"{rows} rows of {self.pool.max_num_seqs} are known"
 

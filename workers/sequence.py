@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvmesh.workers.deal import PageDeal
+from kvmesh.workers.deal import DEAL_TOKENS, PageDeal
 from kvmesh.workers.lease import LeaseTerms
 from kvmesh.workers.plan import PENDING
 from kvmesh.workers.prefix_cache import Digest, PageDigests
@@ -38,8 +38,10 @@ class Sequence:
         |-------- computed -------|------ to compute ----|
 
     hot, sealed: logical page -> page id of the forms it holds
-    deal: the ranks to which its pages belong; decided when it gets its first page
+    deal: the ranks to which its pages belong; decided when it gets its first page, by the tokens
+        that it then has
     shares_pages: whether it uses other sequences' pages and they use its own
+    pinned_tokens: of its prompt, that stay cached when it has ended
     output_state: within its constraint, None without one; `prepared` once it is there
     """
 
@@ -66,11 +68,13 @@ class Sequence:
         self.hot: dict[int, int] = {}
         self.sealed: dict[int, int] = {}
         self.deal = PageDeal(geometry.kvp)
+        self._deal_is_known = False
         self._digests = PageDigests(geometry.page_size, request.cache_salt)
         self.shares_pages = True
         self.output_state: OutputState | None = None
         self.prepared = request.constraint is None
         self.cached_tokens = 0
+        self.pinned_tokens = 0
         self.preemptions = 0
         self.peak = HeldPages(PageNeed(0, 0), PageNeed(0, 0))
         self.arrived_s = 0.0
@@ -117,6 +121,16 @@ class Sequence:
         self.leased_tokens = len(self._tokens)
         if lease is not None:
             self.leased_tokens = self.geometry.tokens_within(lease.sealed_pages // lease.sequences)
+
+    def take_deal(self, deal: PageDeal) -> None:
+        """Its pages will belong to these ranks; it has none yet."""
+        self.deal = deal
+        self._deal_is_known = deal.kvp == 1 or self.num_tokens >= DEAL_TOKENS
+
+    @property
+    def is_findable(self) -> bool:
+        """Whether it shares pages, and these lie where all others look for them (deal.py)."""
+        return self.shares_pages and self._deal_is_known
 
     @property
     def paused(self) -> bool:

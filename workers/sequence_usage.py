@@ -1,4 +1,4 @@
-"""What a sequence has used so far, as the client is told."""
+"""What a sequence has used so far, as clients see it."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def usage_of(seq: Sequence, now: float) -> SequenceUsage:
         time_to_first_token_s=None if first is None else first - seq.arrived_s,
         total_s=now - seq.arrived_s,
         preemptions=seq.preemptions,
+        pinned_tokens=seq.pinned_tokens,
     )
 
 

@@ -6,10 +6,17 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
-from kvmesh.workers.evaluation.reports import PasskeyReport, PerplexityReport, RecallReport
+from kvmesh.workers.evaluation.reports import (
+    PasskeyReport,
+    PerplexityReport,
+    RecallReport,
+    RulerReport,
+)
 
 
-def precision_of(report: PerplexityReport | PasskeyReport | RecallReport) -> str:
+def precision_of(
+    report: PerplexityReport | PasskeyReport | RecallReport | RulerReport,
+) -> str:
     """What the model computed with."""
     return f"{report.dtype}, {report.weight_format} weights"
 
@@ -95,6 +102,38 @@ def recall_table(report: RecallReport) -> Group:
         "`length` tokens after the first; KL: divergence from exact KV there, in nats"
     )
     return Group(title, table, _dim(notes))
+
+
+def ruler_table(report: RulerReport) -> Group:
+    rope = "" if report.rope is None else f", RoPE {report.rope}"
+    title = (
+        f"[bold]{report.model}[/bold], {precision_of(report)}{rope}: "
+        f"{report.samples} prompts a figure, seed {report.seed}"
+    )
+    tasks = list(dict.fromkeys(row.task for row in report.figures))
+    table = _table()
+    table.add_column("length", justify="right")
+    table.add_column("KV format", no_wrap=True)
+    for task in [*tasks, "mean"]:
+        table.add_column(task.replace("-", "\n"), justify="right")
+    last = 0
+    for length, name in dict.fromkeys((row.length, row.kv_format) for row in report.figures):
+        if last and length != last:
+            table.add_section()
+        rows = [row for row in report.figures if (row.length, row.kv_format) == (length, name)]
+        table.add_row(
+            "" if length == last else str(length),
+            name,
+            *(_with_error(row.score, row.error) for row in rows),
+            f"{sum(row.score for row in rows) / len(rows):.2f}",
+        )
+        last = length
+    notes = "mean share of a prompt's answers in greedy output, ± its standard error"
+    return Group(title, table, _dim(notes))
+
+
+def _with_error(score: float, error: float | None) -> str:
+    return f"{score:.2f}" if error is None else f"{score:.2f} ±{error:.2f}"
 
 
 def _short(tokens: int) -> str:

@@ -60,6 +60,13 @@ def generate(
             "alternatives. --max-tokens may then be 0."
         ),
     ] = None,
+    pin_s: Annotated[
+        float | None,
+        typer.Option(
+            help="The prompt stays cached for this many seconds after the request; 0 ends that. "
+            "--max-tokens may be 0."
+        ),
+    ] = None,
     request_id: Annotated[
         str | None, typer.Option(help="Names the request, for `abort` and `explain`.")
     ] = None,
@@ -93,6 +100,7 @@ def generate(
         include_stop_str_in_output=include_stop or None,
         skip_special_tokens=False if special_tokens else None,
         prompt_logprobs=prompt_logprobs,
+        pin_s=pin_s,
         request_id=request_id,
         structured_output=_structured(
             json_schema=json_schema,
@@ -233,8 +241,9 @@ def _note_usage(stream: Stream) -> None:
         return
     first_s = usage.time_to_first_token_s
     latency = f", first after {human_seconds(first_s)}" if first_s is not None else ""
+    pinned = f", {usage.pinned_tokens} pinned" if usage.pinned_tokens else ""
     notes.print(
-        f"[dim]{usage.prompt_tokens} + {usage.completion_tokens} tokens{latency}, "
+        f"[dim]{usage.prompt_tokens} + {usage.completion_tokens} tokens{latency}{pinned}, "
         f"{human_bytes(usage.kv_used_bytes)} of KV, request {escape(stream.request_id)}[/dim]"
     )
 

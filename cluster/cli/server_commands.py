@@ -60,6 +60,7 @@ def _announce(endpoint: Endpoint, config: ClusterConfig, groups: Sequence[GroupF
     if endpoint.api_key is not None:
         rows.append(("key", str(local_key_file(config.auth, os.environ))))
     rows += [(group.group, _in_short(group)) for group in groups]
+    rows += [("layout", groups[0].layout_reason)] if groups and groups[0].layout_reason else []
     local = endpoint.target.endswith(":9000")
     target = "" if local else f" --target {endpoint.target}"
     rows += [

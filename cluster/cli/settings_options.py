@@ -23,6 +23,9 @@ FLAGS: Final = {
     "kvp": "engine.kvp",
     "kv_memory": "engine.kv_memory_bytes",
     "groups": "groups",
+    "layout": "layout.mode",
+    "ranks": "layout.ranks",
+    "context": "engine.max_model_len",
     "host": "ingress.host",
     "port": "ingress.port",
     "http_port": "ingress.http_port",
@@ -101,6 +104,18 @@ class ServeSettings(ModelSettings):
     groups: Annotated[
         int | None,
         _setting(help="Engine groups (groups)."),
+    ] = None
+    layout: Annotated[
+        str | None,
+        _setting(help="auto chooses tp, kvp and groups that are not set (layout.mode)."),
+    ] = None
+    ranks: Annotated[
+        int | None,
+        _setting(help="GPUs, or ranks on CPUs, that --layout auto divides (layout.ranks)."),
+    ] = None
+    context: Annotated[
+        str | None,
+        _setting(help="Maximum tokens of a sequence, e.g. 128k or 1M (engine.max_model_len)."),
     ] = None
     kv_memory: Annotated[
         str | None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from rich.markup import escape
 from rich.table import Table
 
 from kvmesh.client import (
@@ -69,6 +70,8 @@ def show_tenant(loads: TenantLoads) -> None:
 def show_cluster(groups: Sequence[GroupFacts], loads: Loads) -> None:
     facts = {group.group: group for group in groups}
     ledger = {group.group: group for group in loads.router.ledger}
+    if reason := next((fact.layout_reason for fact in groups if fact.layout_reason), ""):
+        out.print(f"layout: {escape(reason)}")
     for group in loads.groups:
         out.print()
         out.print(_group(group, facts.get(group.group), ledger.get(group.group)))
@@ -103,6 +106,9 @@ def _group(group: GroupLoads, fact: GroupFacts | None, account: GroupLedger | No
     table.add_row("KV in use", f"{human_bytes(group.used_bytes)} of {total}{leased}")
     table.add_row("hot pages per rank", _pages(group.hot))
     table.add_row("sealed pages per rank", _pages(group.sealed))
+    if group.pinned_pages:
+        lost = f", {group.pinned_evictions_total} were needed" * bool(group.pinned_evictions_total)
+        table.add_row("pinned", f"{group.pinned_pages} pages{lost}")
     if fact:
         device = f"on {fact.device} in {fact.dtype}: " if fact.device else ""
         tokens = fact.max_num_batched_tokens

@@ -11,7 +11,7 @@ from kvmesh.workers.loads import ArenaLoads, SequenceLoad
 from kvmesh.workers.sizes import PageNeed
 
 
-def groups(status: ClusterStatus) -> admin.ListGroupsResponse:
+def groups(status: ClusterStatus, layout_reason: str) -> admin.ListGroupsResponse:
     wire = admin.ListGroupsResponse()
     for group, report in sorted(status.reports.items()):
         info, geometry = report.info, report.info.geometry
@@ -33,6 +33,7 @@ def groups(status: ClusterStatus) -> admin.ListGroupsResponse:
             max_num_batched_tokens=info.max_num_batched_tokens,
             device=info.device,
             operators=info.operators,
+            layout_reason=layout_reason,
         )
     return wire
 
@@ -75,6 +76,8 @@ def _group(group: str, report: EngineReport, healthy: bool) -> admin.GroupLoads:
         time_to_first_token=_latency(report.latencies.time_to_first_token),
         time_per_output_token=_latency(report.latencies.time_per_output_token),
         queue_time=_latency(report.latencies.queue_time),
+        pinned_pages=engine.pinned_pages,
+        pinned_evictions_total=engine.pinned_evictions_total,
     )
 
 

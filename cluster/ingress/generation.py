@@ -51,7 +51,7 @@ from kvmesh.cluster.telemetry.meters import IngressMeters
 from kvmesh.cluster.telemetry.traces import NO_TRACE, RequestTrace
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import PoolCapacityError
-from kvmesh.workers.request import EndReason, TokenIds
+from kvmesh.workers.request import EndReason, PinTerms, TokenIds
 
 logger = logging.getLogger(__name__)
 
@@ -287,6 +287,7 @@ class Generation:
             cache_salt=cache_salt(request.tenant, self._spec.cache_salt),
             suspicion=self._failovers.suspicion,
             constraint=request.plan.constraint,
+            pin=None if self._spec.pin_s is None else PinTerms(request.tenant, self._spec.pin_s),
         )
 
     def _started(self) -> pb.Started:

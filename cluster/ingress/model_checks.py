@@ -9,8 +9,10 @@ from types import MappingProxyType
 import numpy as np
 import numpy.typing as npt
 
+from kvmesh.cluster.errors import UnsupportedFieldError
 from kvmesh.cluster.ingress.refuse import refuse
 from kvmesh.cluster.ingress.validate import GenerationSpec, Prompt
+from kvmesh.cluster.reports import ClusterStatus
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.request import TokenIds
 from kvmesh.workers.sampling_params import SamplingParams
@@ -66,6 +68,26 @@ def _place(prompt: Prompt, at: int) -> str:
     if isinstance(prompt, np.ndarray):
         return f"{PROMPT_IDS}[{at}]"
     return "prompt.text" if isinstance(prompt, str) else "prompt.chat"
+
+
+def check_pin(spec: GenerationSpec, prompt_ids: TokenIds, status: ClusterStatus) -> None:
+    """Refuse to pin a prompt that no group could keep."""
+    if not spec.pin_s:
+        return
+    infos = [report.info for report in status.reports.values()]
+    longest = max(info.max_pinned_pages * info.geometry.page_size for info in infos)
+    if not longest:
+        raise UnsupportedFieldError(
+            "pin_s",
+            "is not supported here: nothing is cached after a request (engine.prefix_cache, "
+            "engine.max_pinned_share, or a model with recurrent layers)",
+        )
+    if len(prompt_ids) > longest:
+        refuse(
+            "pin_s",
+            f"must not be set for a prompt of {len(prompt_ids):,} tokens: the pins of a tenant "
+            f"hold at most {longest:,} in a group (engine.max_pinned_share_per_key)",
+        )
 
 
 def check_ids(

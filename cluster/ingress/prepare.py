@@ -10,7 +10,7 @@ from kvmesh.cluster.ingress import served, validate
 from kvmesh.cluster.ingress.answers.plan import NO_PLAN, AnswerPlan
 from kvmesh.cluster.ingress.answers.planner import AnswerPlanner
 from kvmesh.cluster.ingress.codec import TextCodec
-from kvmesh.cluster.ingress.model_checks import check_tokens, fit_context
+from kvmesh.cluster.ingress.model_checks import check_pin, check_tokens, fit_context
 from kvmesh.cluster.ingress.prompts import Prompts
 from kvmesh.cluster.ingress.quality import refused_groups
 from kvmesh.cluster.ingress.refuse import refuse
@@ -88,6 +88,7 @@ class Preparation:
         longest = served.max_model_len(status)
         if len(ids) >= longest:
             raise served.context_exceeded(len(ids), status)
+        check_pin(spec, ids, status)
         params = fit_context(spec, len(ids), longest)
         plan = await self._planner.plan(spec.answer, ids, tenant)
         hashes: tuple[bytes, ...] = ()

@@ -30,6 +30,7 @@ class Questions:
 
     check_open: raises DrainingError while the cluster drains
     version: of the server
+    layout_reason: why the groups have their layout, "" if it was given
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Questions:
         version: str,
         defaults: DefaultSampling,
         divergence_nats: Mapping[str, float],
+        layout_reason: str,
     ) -> None:
         self._served = served
         self._router = router
@@ -54,6 +56,7 @@ class Questions:
         self._version = version
         self._defaults = defaults
         self._divergence_nats = divergence_nats
+        self._layout_reason = layout_reason
 
     async def tokenize(self, request: pb.TokenizeRequest, tenant: str) -> pb.TokenizeResponse:
         self._check_open()
@@ -137,7 +140,7 @@ class Questions:
     async def list_groups(
         self, request: admin.ListGroupsRequest, tenant: str
     ) -> admin.ListGroupsResponse:
-        return admin_wire.groups(self._served.status)
+        return admin_wire.groups(self._served.status, self._layout_reason)
 
     async def _size(
         self, request: pb.EstimateBudgetRequest, tenant: str

@@ -43,6 +43,7 @@ class IngressService:
     model_names: other names for the model that requests may use
     defaults: of sampling parameters that a request does not set
     divergence_nats: measured divergence of KV formats
+    layout_reason: why the groups have their layout, "" if it was given
     questions: the calls that generate nothing
     """
 
@@ -59,6 +60,7 @@ class IngressService:
         queue_timeout_s: float = 120.0,
         defaults: DefaultSampling = NEUTRAL,
         divergence_nats: Mapping[str, float] = DIVERGENCE_NATS,
+        layout_reason: str = "",
         traces: Traces = OFF,
     ) -> None:
         self._traces = traces
@@ -93,6 +95,7 @@ class IngressService:
             version=version,
             defaults=defaults,
             divergence_nats=divergence_nats,
+            layout_reason=layout_reason,
         )
 
     # Start and stop

@@ -51,6 +51,7 @@ class RequestUsage:
             kv_freed_bytes=used_bytes,
             preemptions=sum(sequence.preemptions for sequence in sequences),
             failovers=failovers,
+            pinned_tokens=self._sequences[-1].pinned_tokens if sequences else 0,
         )
         if wire.cached_tokens:
             wire.cached_tokens_by_tier["device"] = wire.cached_tokens

@@ -68,6 +68,7 @@ class GenerationSpec:
 
     params: its seed is the request's; each choice derives its own
     max_tokens_given: False where params.max_tokens is the server's default
+    pin_s: for how long the prompt stays cached after the request, None if it need not
     """
 
     request_id: str
@@ -79,6 +80,7 @@ class GenerationSpec:
     priority: int = 0
     timeout_s: float | None = None
     cache_salt: str = ""
+    pin_s: float | None = None
     resume: Resume | None = None
     answer: AnswerSpec = field(default_factory=AnswerSpec)
 
@@ -93,7 +95,10 @@ def generation_spec(
     if request.adapter:
         raise UnsupportedFieldError("adapter", "is not supported by this server yet")
     n = number_of_choices("sampling_params.n", wire, limits)
-    params = sampling_params(wire, limits, defaults)
+    pin_s = request.pin_s if request.HasField("pin_s") else None
+    if pin_s is not None:
+        RANGES["pin_s"].check("pin_s", pin_s)
+    params = sampling_params(wire, limits, defaults, output_optional=pin_s is not None)
     if params.max_tokens == 0 and n > 1:
         refuse("sampling_params.n", f"must be 1 with max_tokens 0, without output; got {n}")
     found = prompt(request.prompt)
@@ -112,6 +117,7 @@ def generation_spec(
         priority=request.priority,
         timeout_s=_timeout_s(request, limits),
         cache_salt=_short("cache_salt", request.cache_salt, MAX_SALT_CHARS),
+        pin_s=pin_s,
         resume=read_resume(request.resume, n) if request.HasField("resume") else None,
         answer=answer,
     )
@@ -126,9 +132,16 @@ def number_of_choices(
 
 
 def sampling_params(
-    wire: pb.SamplingParams, limits: Limits, defaults: DefaultSampling
+    wire: pb.SamplingParams,
+    limits: Limits,
+    defaults: DefaultSampling,
+    *,
+    output_optional: bool = False,
 ) -> SamplingParams:
-    """The wire's parameters with defaults, and with a random seed if none is given."""
+    """The wire's parameters with defaults, and with a random seed if none is given.
+
+    output_optional: max_tokens may be 0
+    """
     given = {
         name: getattr(wire, name)
         for name in (
@@ -157,6 +170,7 @@ def sampling_params(
             **given,
             stop_token_ids=tuple(wire.stop_token_ids),
             logit_bias=dict(wire.logit_bias),
+            output_optional=output_optional,
         )
     except InvalidFieldError as error:
         raise InvalidFieldError(f"sampling_params.{error.field}", error.message) from None

@@ -86,8 +86,8 @@ class CompletionBody(GenerationBody):
             raise UnsupportedFieldError(
                 "best_of", f"must be equal to n, which is {self.n or 1}; got {self.best_of}"
             )
-        if self.max_tokens == 0 and not self.echo:
-            refuse("max_tokens", "must be at least 1, unless echo is set")
+        if self.max_tokens == 0 and not self.echo and self.pin_s is None:
+            refuse("max_tokens", "must be at least 1, unless echo or pin_s is set")
 
     def _prompts(self) -> list[str | list[int]]:
         prompt: Sequence[object] = self.prompt

@@ -31,6 +31,7 @@ HEADER_FIELDS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "x-kvmesh-cache-salt": ("cache_salt", str),
     "x-kvmesh-priority": ("priority", int),
     "x-kvmesh-timeout-s": ("timeout_s", float),
+    "x-kvmesh-pin-s": ("pin_s", float),
     "x-kvmesh-max-kv-divergence-nats": ("max_kv_divergence_nats", float),
     "x-kvmesh-allowed-kv-formats": (
         "allowed_kv_formats",
@@ -78,6 +79,7 @@ class GenerationBody(RequestBody):
     timeout_s: float | None = None
     allowed_kv_formats: list[str] | None = None
     max_kv_divergence_nats: float | None = None
+    pin_s: float | None = None
 
     user: Ignored = None
     store: Ignored = None

@@ -25,6 +25,7 @@ class KVUsage(msgspec.Struct):
     total_s: float
     preemptions: int
     failovers: int
+    pinned_tokens: int
 
 
 class TokenUsage(msgspec.Struct):
@@ -59,6 +60,7 @@ def token_usage(parts: Sequence[pb.Usage]) -> TokenUsage:
             total_s=max(part.total_s for part in parts),
             preemptions=sum(part.preemptions for part in parts),
             failovers=sum(part.failovers for part in parts),
+            pinned_tokens=sum(part.pinned_tokens for part in parts),
         ),
     )
 

@@ -21,6 +21,11 @@ class Layout:
         """GPUs of a group."""
         return self.tp * self.kvp
 
+    @property
+    def total(self) -> int:
+        """GPUs of all groups."""
+        return self.groups * self.ranks
+
     def __str__(self) -> str:
         group = f"tp {self.tp}" if self.kvp == 1 else f"tp {self.tp} kvp {self.kvp}"
         return group if self.groups == 1 else f"{self.groups} × {group}"
@@ -33,15 +38,17 @@ def layouts(sizes: ModelSizes, gpus: int) -> list[Layout]:
     """
     if gpus < 1 or gpus & (gpus - 1):
         raise ConfigError("gpus", f"must be a power of two, so that groups are equal; got {gpus}")
-    widths = [sizes.kvp_width, *sizes.mlp_widths]
-    state = sizes.state
+    return layouts_of(sizes, gpus)
+
+
+def layouts_of(sizes: ModelSizes, ranks: int) -> list[Layout]:
+    """Every layout of that many ranks in equal groups, smallest groups first."""
+    widths, state = [sizes.kvp_width, *sizes.mlp_widths], sizes.state
     found = []
-    ranks = 1
-    while ranks <= gpus:
+    for group in (n for n in range(1, ranks + 1) if ranks % n == 0):
         for tp in sizes.tp_choices:
-            dealt = ranks % tp == 0 and all(width % ranks == 0 for width in widths)
-            dealt = dealt and (state is None or state.divides_by(ranks))
-            if dealt or ranks == tp:
-                found.append(Layout(gpus // ranks, tp, ranks // tp))
-        ranks *= 2
+            dealt = group % tp == 0 and all(width % group == 0 for width in widths)
+            dealt = dealt and (state is None or state.divides_by(group))
+            if dealt or group == tp:
+                found.append(Layout(ranks // group, tp, group // tp))
     return sorted(found, key=lambda layout: (layout.ranks, layout.kvp))

@@ -11,7 +11,7 @@ import enum
 import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from kvmesh.cluster.planner.layout import Layout, layouts
 from kvmesh.cluster.planner.memory import RankMemory, rank_memory
@@ -103,11 +103,22 @@ def make_plans(
 ) -> list[Plan]:
     """A plan for every layout and format. Raises ConfigError naming `gpus`, or `kv_format` for
     one that does not support the model's head_dim."""
-    return [
-        _plan(model, gpu, layout, fmt, target)
-        for layout in layouts(model.sizes, gpus)
-        for fmt in formats
-    ]
+    return plans_of(model, gpu, layouts(model.sizes, gpus), formats, target)
+
+
+def plans_of(
+    model: PlannedModel,
+    gpu: Gpu,
+    found: Sequence[Layout],
+    formats: Sequence[KVFormat],
+    target: Target,
+    settings: EngineSettings = DEFAULTS,
+) -> list[Plan]:
+    """A plan for each of these layouts and formats; raises ConfigError like `make_plans`.
+
+    settings: of the engines, as far as they bound steps and the KV memory
+    """
+    return [_plan(model, gpu, layout, fmt, target, settings) for layout in found for fmt in formats]
 
 
 def default_formats(model: PlannedModel, page_size: int) -> list[KVFormat]:
@@ -164,11 +175,18 @@ def serve_command(model: PlannedModel, plan: Plan, target: Target) -> str:
     return " ".join(words)
 
 
-def _plan(model: PlannedModel, gpu: Gpu, layout: Layout, fmt: KVFormat, target: Target) -> Plan:
+def _plan(
+    model: PlannedModel,
+    gpu: Gpu,
+    layout: Layout,
+    fmt: KVFormat,
+    target: Target,
+    settings: EngineSettings,
+) -> Plan:
     """With the engine's own limits, or if they run too few sequences, as many as are wanted."""
     wanted = math.ceil(target.concurrency / layout.groups)
-    plan = _plan_with(model, gpu, layout, fmt, target, DEFAULTS)
-    if plan.sequences >= target.concurrency:
+    plan = _plan_with(model, gpu, layout, fmt, target, settings)
+    if plan.sequences >= target.concurrency or settings is not DEFAULTS:
         return plan
     settings = EngineSettings(max_num_seqs=wanted)
     asked = _plan_with(model, gpu, layout, fmt, target, settings)
@@ -193,8 +211,9 @@ def _plan_with(
         max_num_seqs=limits.max_num_seqs,
         gpu_memory_utilization=target.gpu_memory_utilization,
     )
-    geometry = _geometry(model, fmt, target.page_size, layout)
-    pool = _pool(memory, geometry, limits, settings.hot_share("cuda"))
+    geometry = _geometry(model, fmt, target.page_size, layout, settings)
+    budget = memory.kv_bytes if settings.kv_memory_bytes is None else settings.kv_memory_bytes
+    pool = _pool(min(budget, memory.kv_bytes), geometry, limits, settings.hot_share("cuda"))
     longest = 0 if pool is None else geometry.tokens_within(pool.sealed_pages)
     at_once = 0 if pool is None else layout.groups * _at_once(pool, geometry, target.context)
     chunk = limits.max_num_batched_tokens
@@ -230,11 +249,17 @@ def _supports(model: PlannedModel, fmt: KVFormat, page_size: int) -> bool:
     return True
 
 
-def _geometry(model: PlannedModel, fmt: KVFormat, page_size: int, layout: Layout) -> PageGeometry:
+def _geometry(
+    model: PlannedModel,
+    fmt: KVFormat,
+    page_size: int,
+    layout: Layout,
+    settings: EngineSettings = DEFAULTS,
+) -> PageGeometry:
     try:
-        return geometry_of(
+        found = geometry_of(
             fmt,
-            replace(model.shape.kv, state=model.sizes.state),
+            dataclasses.replace(model.shape.kv, state=model.sizes.state),
             page_size=page_size,
             itemsize=BF16_BYTES,
             tp=layout.tp,
@@ -242,16 +267,22 @@ def _geometry(model: PlannedModel, fmt: KVFormat, page_size: int, layout: Layout
         )
     except ValueError as error:
         raise ConfigError("kv_format", f"{fmt.name} does not fit the model: {error}") from None
+    sink, recent = settings.sink_pages, settings.recent_pages
+    return dataclasses.replace(
+        found,
+        sink_pages=found.sink_pages if sink is None else sink,
+        recent_pages=found.recent_pages if recent is None else recent,
+    )
 
 
 def _pool(
-    memory: RankMemory, geometry: PageGeometry, limits: DeviceLimits, max_hot_share: float
+    budget_bytes: int, geometry: PageGeometry, limits: DeviceLimits, max_hot_share: float
 ) -> PoolPlan | None:
-    if memory.kv_bytes <= 0:
+    if budget_bytes <= 0:
         return None
     try:
         return plan_pool(
-            memory.kv_bytes,
+            budget_bytes,
             geometry,
             max_num_seqs=limits.max_num_seqs,
             max_num_batched_tokens=limits.max_num_batched_tokens,

@@ -123,6 +123,7 @@ class EngineMeters:
             kv_format=info.kv_format,
             dtype=info.dtype,
             tp=str(info.tp),
+            kvp=str(info.geometry.kvp),
         )
         if divergence_nats is not None:
             self._meters.record(table.DIVERGENCE, divergence_nats)
@@ -135,6 +136,7 @@ class EngineMeters:
         total(table.COMPUTED_TOKENS, loads.prefill_tokens_total, phase="prefill")
         total(table.COMPUTED_TOKENS, loads.decode_tokens_total, phase="decode")
         total(table.PREEMPTIONS, loads.preemptions_total)
+        total(table.PINNED_EVICTIONS, loads.pinned_evictions_total)
         for outcome, count in loads.outcomes_total.items():
             total(table.SEQUENCES, count, outcome=outcome)
 
@@ -145,6 +147,7 @@ class EngineMeters:
             self._meters.record(table.POOL_PAGES, need.hot, arena="hot", state=state)
             self._meters.record(table.POOL_PAGES, need.sealed, arena="sealed", state=state)
             self._meters.record(table.POOL_BYTES, info.geometry.bytes_of(need), state=state)
+        self._meters.record(table.PINNED_PAGES, loads.pinned_pages)
 
     def gpus(self, uses: Iterable[GpuUse]) -> None:
         for rank, use in enumerate(uses):

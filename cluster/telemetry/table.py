@@ -281,7 +281,8 @@ GROUP_INFO = Metric(
         "model": "as served",
         "kv_format": "of sealed pages",
         "dtype": "of weights and hot pages",
-        "tp": "ranks",
+        "tp": "shares of the heads",
+        "kvp": "ranks to which a sequence's pages are dealt",
     },
 )
 DIVERGENCE = Metric(
@@ -401,6 +402,21 @@ POOL_PAGES = Metric(
     "engine",
     "Pages of one rank",
     labels={**GROUP, "arena": "`hot` or `sealed`", "state": "`used`, `cached` or `free`"},
+)
+PINNED_PAGES = Metric(
+    "kvmesh_pinned_pages",
+    GAUGE,
+    "engine",
+    "Pages of prompts that stay cached for a time (pin_s), over all ranks that share a sequence's "
+    "pages; they are among the cached ones",
+    labels=GROUP,
+)
+PINNED_EVICTIONS = Metric(
+    "kvmesh_pinned_evictions_total",
+    COUNTER,
+    "engine",
+    "Pinned pages that running requests needed all the same",
+    labels=GROUP,
 )
 POOL_BYTES = Metric(
     "kvmesh_pool_bytes",

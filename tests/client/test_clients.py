@@ -57,6 +57,7 @@ ALL_OPTIONS: ChatOptions = {
     "allowed_kv_formats": ["int8", "exact"],
     "max_kv_divergence_nats": 0.01,
     "cache_salt": "salt",
+    "pin_s": 600.0,
     "tools": [],
     "chat_template_kwargs": {},
     "continue_final_message": True,

@@ -72,6 +72,8 @@ def test_every_engine_setting_reaches_the_engine() -> None:
         "max_hot_share": 0.7,
         "max_num_batched_tokens": 99,
         "max_model_len": 1000,
+        "max_pinned_share": 0.6,
+        "max_pinned_share_per_key": 0.3,
         "prefix_cache": False,
         "threads_per_rank": 2,
         "cuda_graphs": False,

@@ -175,6 +175,9 @@ def test_a_wrong_parameter_is_refused(params: dict[str, object], name: str) -> N
         ({"timeout_s": INF}, "timeout_s"),
         ({"timeout_s": 1e12}, "timeout_s"),
         ({"cache_salt": "x" * 257}, "cache_salt"),
+        ({"pin_s": -1.0}, "pin_s"),
+        ({"pin_s": 86401.0}, "pin_s"),
+        ({"pin_s": float("nan")}, "pin_s"),
     ],
 )
 def test_a_wrong_field_of_the_request_is_refused(changes: dict[str, object], field: str) -> None:
@@ -345,6 +348,7 @@ requests = messages(
     max_kv_divergence_nats=numbers,
     adapter=mostly(st.just(""), st.just("a")),
     cache_salt=text,
+    pin_s=numbers,
     resume=resumes,
 )
 

@@ -58,9 +58,9 @@ def test_an_addition_is_accepted_and_locked(tmp_path: Path) -> None:
     contract = folder / "kvmesh/v1/kvmesh.proto"
     old = "  string adapter = 13;\n"
     assert old in contract.read_text()
-    contract.write_text(contract.read_text().replace(old, old + "  string added = 14;\n"))
+    contract.write_text(contract.read_text().replace(old, old + "  string added = 99;\n"))
     assert generate(folder).returncode == 0
-    contract.write_text(contract.read_text().replace("  string added = 14;\n", ""))
+    contract.write_text(contract.read_text().replace("  string added = 99;\n", ""))
     result = generate(folder)
     assert result.returncode == 1
     assert "added" in result.stdout + result.stderr

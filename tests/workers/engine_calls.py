@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
+from kvmesh.workers.request import PinTerms
 from kvmesh.workers.sampling_params import SamplingParams
 from tests.workers.tainted_executor import BAD
 
@@ -37,6 +38,10 @@ KINDS = [
     "scores alone",
     "fault",
     "fault",
+    "pinned",
+    "pinned",
+    "pinned",
+    "unpinned",
 ]
 
 
@@ -52,6 +57,7 @@ class Setup:
     prefix_cache: bool
     in_flight: int
     kvp: int
+    pinned_share: float
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,7 @@ class Submit:
     max_tokens: int
     kinds: tuple[str, str]
     steps: int
+    owner: str
 
     def prompts(self) -> list[list[int]]:
         prompt = DOCUMENTS[self.document][: self.pages * PAGE] + [self.rest] * self.rest or [2]
@@ -75,6 +82,12 @@ class Submit:
             return [prompt] * self.copies
         faulty = [*prompt[: PAGE + 5], BAD, *prompt[PAGE + 5 :]]
         return [faulty] + [prompt] * max(2, self.copies - 1)
+
+    @property
+    def pin(self) -> PinTerms | None:
+        if "pinned" in self.kinds:
+            return PinTerms(self.owner, 1.0 + 7 * (self.rest > 0))
+        return PinTerms(self.owner, 0.0) if "unpinned" in self.kinds else None
 
     def params(self, max_tokens: int) -> SamplingParams:
         kinds = self.kinds
@@ -130,6 +143,7 @@ def random_setup(chance: Random) -> Setup:
         prefix_cache=chance.random() < 0.8,
         in_flight=chance.choice([1, 2, 2]),
         kvp=chance.choice([1, 1, 2, 3, 4]),
+        pinned_share=chance.choice([0.5, 0.9, 1.0]),
     )
 
 
@@ -144,6 +158,7 @@ def random_call(chance: Random) -> Call:
             max_tokens=chance.choice([1, 6, PAGE + 1, 3 * PAGE, 6 * PAGE, CONTEXT]),
             kinds=(chance.choice(KINDS), chance.choice(KINDS)),
             steps=chance.randrange(5),
+            owner=chance.choice("aab"),
         )
     if what < 0.75:
         return Steps(chance.choice([1, 2, 5, 20, 40, 60]))

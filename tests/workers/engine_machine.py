@@ -128,6 +128,8 @@ class EngineMachine:
             prefix_cache=setup.prefix_cache,
             tp=TP,
             kvp=kvp,
+            max_pinned_share=setup.pinned_share,
+            max_pinned_share_per_key=setup.pinned_share / 2,
         )
         self.engine = Engine(self.config, self.executor, lambda: self.now)
         self.scheduler = self.engine.scheduler
@@ -174,6 +176,13 @@ class EngineMachine:
         assert [*self.live] == [], "these do not end"
         assert not self.engine.has_work
         self.audit()
+        if (left_s := self.engine.deadline_s()) is not None:
+            self.now += left_s + 10
+            self.engine.step()
+            self.seen.add("pins that have expired")
+        assert self.engine.deadline_s() is None
+        assert self.engine.loads().pinned_pages == 0, "a pin has no end"
+        self.audit()
 
     def submit(self, call: Submit) -> None:
         free = [name for name in NAMES if name not in self.live]
@@ -212,6 +221,7 @@ class EngineMachine:
                 cache_salt="salt" if "salt" in call.kinds else "",
                 suspicion=2 if "suspect" in call.kinds else 0,
                 scored_tokens=scored,
+                pin=call.pin,
             )
             found = Wanted(item, prompt, output, output[:resumed], self.now, self.now)
             found.scores = expected_scores(prompt)[:scored]
@@ -450,12 +460,25 @@ class EngineMachine:
         assert wanted.peak == peak
         all_pages = wanted.peak_pages
         assert usage.kv_bytes == TP * (4 * all_pages.hot + all_pages.sealed)
+        self.check_pin(wanted, usage.pinned_tokens)
         reserved_bytes = usage.kv_bytes
         if wanted.request.lease is not None:
             terms = self.leases[wanted.request.lease.lease_id]
             per_rank = 4 * terms.hot_pages + terms.sealed_pages
             reserved_bytes = self.executor.num_ranks * per_rank // terms.sequences
         assert usage.reserved_bytes == reserved_bytes
+
+    def check_pin(self, wanted: Wanted, tokens: int) -> None:
+        """Either all full pages of the prompt stay, or none."""
+        pin, pages = wanted.request.pin, len(wanted.prompt) // PAGE
+        assert tokens in (0, pages * PAGE)
+        if pin is None or not pin.keep_s:
+            assert not tokens
+        elif tokens:
+            self.seen.add("pins")
+            assert pages <= self.engine.info.max_pinned_pages
+        elif wanted.first_token_s is not None and pages and self.config.prefix_cache:
+            self.seen.add("pins beyond their bounds")
 
     def audit(self) -> None:
         self.engine.check_integrity()
@@ -470,6 +493,7 @@ class EngineMachine:
             assert PageNeed(len(seq.hot), len(seq.sealed)) == need
             assert self.on_fullest(seq).fits(geometry.need(seq.num_computed))
             self.seen.add("sequences on several ranks", geometry.kvp > 1 and need.sealed > 1)
+            self.seen.add("sequences too short to know their deal", not seq._deal_is_known)
         for seq in scheduler.waiting:
             assert (seq.row, seq.num_computed, seq.hot, seq.sealed) == (None, 0, {}, {})
         for dealt, report in ((cache.hot, loads.pool.hot), (cache.sealed, loads.pool.sealed)):
@@ -481,6 +505,11 @@ class EngineMachine:
                 len(arena._cached),
                 len(arena._free),
             )
+        pinned = {digest for digest in cache.sealed.pinned if digest in cache._forms}
+        self.seen.add("pins that hold cached pages", bool(pinned))
+        held = scheduler.pins.pages
+        assert held.sealed == loads.pinned_pages
+        assert held.sealed <= cache.sealed.total * geometry.kvp * self.config.max_pinned_share
         assert loads.running == len(scheduler.running)
         assert loads.running + loads.waiting == len(self.live)
         assert loads.outcomes_total == self.outcomes
@@ -499,5 +528,5 @@ class EngineMachine:
             full_pages = seq.num_computed // PAGE
             ends = seq.digests(full_pages)[BLOCK_PAGES - 1 : full_pages : BLOCK_PAGES]
             self.seen.add("blocks held", len(ends))
-            if seq.shares_pages:
+            if seq.is_findable:
                 assert {*ends} & found <= self.blocks

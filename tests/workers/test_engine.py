@@ -118,7 +118,12 @@ SEEN = Exercised(
         "aborts in flight": 15,
         "faults while the next step was in flight": 40,
         "sequences on several ranks": 100,
-        "prefixes dealt in another way than their tokens say": 2,
+        "sequences too short to know their deal": 100,
+        "pins": 80,
+        "pins beyond their bounds": 20,
+        "pins that hold cached pages": 200,
+        "pins that have expired": 8,
+        "pinned pages that were needed": 4,
     },
 )
 

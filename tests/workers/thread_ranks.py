@@ -16,6 +16,7 @@ from kvmesh.workers.executor import Allocation, MakeMasks, RankDescription, Step
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.plan import StepPlan, StepResult
 from kvmesh.workers.rank import Rank
+from kvmesh.workers.rank_steps import RankSteps
 
 
 class ThreadCommunicator(Communicator):
@@ -67,7 +68,7 @@ def thread_communicators(size: int, kvp: int) -> list[ThreadCommunicator]:
 
 
 class ThreadRanks(StepByStep):
-    """All ranks take each call at the same time, as processes do; plans have no masks."""
+    """All ranks take each call at the same time, as processes do."""
 
     max_in_flight = 2
 
@@ -90,8 +91,14 @@ class ThreadRanks(StepByStep):
             rank.allocate(allocation)
 
     def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
-        assert masks is None
-        found = [self._threads.submit(rank.execute, plan) for rank in self.ranks]
+        def step(rank: Rank) -> StepResult | None:
+            steps = RankSteps(rank.runner, samples=rank.samples)
+            steps.submit(plan)
+            if masks is not None and rank.samples:
+                steps.mask(masks())
+            return steps.result()
+
+        found = [self._threads.submit(step, rank) for rank in self.ranks]
         result, *others = [x.result() for x in found]
         assert result is not None and others == [None] * len(others)
         return result

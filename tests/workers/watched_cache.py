@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from kvmesh.workers.arena import Arena
 from kvmesh.workers.prefix_cache import Digest, PrefixCache, PrefixHit
 
 
@@ -12,16 +13,14 @@ def watch(cache: PrefixCache, happened: Callable[[str], None]) -> None:
     named: set[Digest] = set()
     match, name_sealed = cache.match, cache.name_sealed
 
-    def matching(digests: Sequence[Digest], offset: int = 0) -> PrefixHit:
-        hit = match(digests, offset)
-        assert hit == longest_hit(cache, digests, hit.offset)
+    def matching(digests: Sequence[Digest]) -> PrefixHit:
+        hit = match(digests)
+        assert hit == longest_hit(cache, digests)
         kvp = cache._geometry.kvp
-        others = [longest_hit(cache, digests, each).num_pages for each in range(kvp)]
-        assert hit.num_pages == max(others)
+        offsets = {(i - page) % kvp for x in (hit.hot, hit.sealed) for page, i in x.items()}
+        assert len(offsets) <= 1, "a prefix is dealt in two ways"
         if hit.num_pages:
             happened("prefix hits")
-            if hit.offset != offset:
-                happened("prefixes dealt in another way than their tokens say")
             if hit.num_pages == len(digests):
                 happened("hits of a whole prompt")
             if any(x in named and x not in cache._forms for x in digests[hit.num_pages :]):
@@ -41,16 +40,29 @@ def watch(cache: PrefixCache, happened: Callable[[str], None]) -> None:
 
         return evict
 
+    def sparing(arena: Arena) -> Callable[[], int]:
+        evict = arena._evict
+
+        def evicting() -> int:
+            others = any(arena._keys[page] not in arena._pinned for page in arena._cached)
+            before = arena.pinned_evictions
+            page = evict()
+            if arena.pinned_evictions > before:
+                assert not others, "a pinned page was evicted before others"
+                happened("pinned pages that were needed")
+            return page
+
+        return evicting
+
     cache.match = matching  # type: ignore[method-assign]
     cache.name_sealed = naming  # type: ignore[method-assign]
     for arena in (*cache.hot.parts, *cache.sealed.parts):
         arena._on_evict = counting(arena._on_evict)
+        arena._evict = sparing(arena)  # type: ignore[method-assign]
 
 
-def longest_hit(cache: PrefixCache, digests: Sequence[Digest], offset: int = 0) -> PrefixHit:
-    """The hit of the most pages: the sink and the recent window hot, what is between sealed, each
-    on the rank to which this offset deals it."""
-    kvp = cache._geometry.kvp
+def longest_hit(cache: PrefixCache, digests: Sequence[Digest]) -> PrefixHit:
+    """The hit of the most pages: the sink and the recent window hot, what is between sealed."""
     sink, recent = cache._geometry.sink_pages, cache._geometry.recent_pages
     for length in range(len(digests), 0, -1):
         hot, sealed = dict[int, int | None](), dict[int, int | None]()
@@ -58,12 +70,10 @@ def longest_hit(cache: PrefixCache, digests: Sequence[Digest], offset: int = 0) 
             forms = cache._forms.get(digest)
             exact = page < sink or page >= length - recent
             found = None if forms is None else forms.hot if exact else forms.sealed
-            if found is not None and found % kvp != (page + offset) % kvp:
-                found = None
             (hot if exact else sealed)[page] = found
         if None not in [*hot.values(), *sealed.values()]:
-            return PrefixHit(length, _known(hot), _known(sealed), offset)
-    return PrefixHit(0, {}, {}, offset)
+            return PrefixHit(length, _known(hot), _known(sealed))
+    return PrefixHit(0, {}, {})
 
 
 def _known(pages: dict[int, int | None]) -> dict[int, int]:

@@ -96,3 +96,33 @@ class PasskeyReport:
     depths: int
     seeds: int
     figures: list[FormatPasskey]
+
+
+@dataclass(frozen=True, slots=True)
+class FormatRuler:
+    """score: mean share of a prompt's answers that greedy output has; error: its standard error,
+    None of one sample"""
+
+    kv_format: str
+    length: int
+    task: str
+    score: float
+    error: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class RulerReport:
+    """figures: by length, then format, `exact` first, then task
+
+    rope: scaling instead of the model's own, None for that; samples: of each figure
+    """
+
+    model: str
+    model_revision: str
+    dtype: str
+    weight_format: str
+    page_size: int
+    rope: str | None
+    samples: int
+    seed: int
+    figures: list[FormatRuler]

@@ -617,8 +617,8 @@ class SamplingParams(_message.Message):
     seed: _builtins.int
     """[random] Always reported back."""
     max_tokens: _builtins.int
-    """[256] Output tokens per choice. At least 1, or with prompt_logprobs 0: then only
-    the prompt is computed.
+    """[256] Output tokens per choice. At least 1, or with prompt_logprobs or pin_s 0: then
+    only the prompt is computed.
     """
     min_tokens: _builtins.int
     """[0] At most max_tokens: no stop token or stop string ends a choice before this
@@ -772,6 +772,7 @@ class GenerateRequest(_message.Message):
     MAX_KV_DIVERGENCE_NATS_FIELD_NUMBER: _builtins.int
     STRUCTURED_OUTPUT_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
+    PIN_S_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Chosen by the client and unique among the tenant's live requests; the server
     generates one if empty.
@@ -790,6 +791,13 @@ class GenerateRequest(_message.Message):
     """
     adapter: _builtins.str
     """[none] An adapter (LoRA) by its id. Not supported yet: refused by name."""
+    pin_s: _builtins.float
+    """[none] Pin the prompt: its full pages stay cached in the request's group for this many
+    seconds after the request, at most 86400, or until that engine ends. Every request
+    that pins the same prompt sets its time again; 0 ends its pin. Pins of a tenant have
+    a bound, and usage says whether this one is within it. What requests need to run goes
+    before pins.
+    """
     @_builtins.property
     def prompt(self) -> Global___Prompt: ...
     @_builtins.property
@@ -823,19 +831,24 @@ class GenerateRequest(_message.Message):
         max_kv_divergence_nats: _builtins.float | None = ...,
         structured_output: Global___StructuredOutput | None = ...,
         adapter: _builtins.str = ...,
+        pin_s: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_kv_divergence_nats", b"_max_kv_divergence_nats", "_priority", b"_priority", "_timeout_s", b"_timeout_s", "max_kv_divergence_nats", b"max_kv_divergence_nats", "priority", b"priority", "prompt", b"prompt", "resume", b"resume", "sampling_params", b"sampling_params", "structured_output", b"structured_output", "timeout_s", b"timeout_s"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_kv_divergence_nats", b"_max_kv_divergence_nats", "_pin_s", b"_pin_s", "_priority", b"_priority", "_timeout_s", b"_timeout_s", "max_kv_divergence_nats", b"max_kv_divergence_nats", "pin_s", b"pin_s", "priority", b"priority", "prompt", b"prompt", "resume", b"resume", "sampling_params", b"sampling_params", "structured_output", b"structured_output", "timeout_s", b"timeout_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_kv_divergence_nats", b"_max_kv_divergence_nats", "_priority", b"_priority", "_timeout_s", b"_timeout_s", "adapter", b"adapter", "allowed_kv_formats", b"allowed_kv_formats", "cache_salt", b"cache_salt", "max_kv_divergence_nats", b"max_kv_divergence_nats", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resume", b"resume", "sampling_params", b"sampling_params", "structured_output", b"structured_output", "timeout_s", b"timeout_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_kv_divergence_nats", b"_max_kv_divergence_nats", "_pin_s", b"_pin_s", "_priority", b"_priority", "_timeout_s", b"_timeout_s", "adapter", b"adapter", "allowed_kv_formats", b"allowed_kv_formats", "cache_salt", b"cache_salt", "max_kv_divergence_nats", b"max_kv_divergence_nats", "model", b"model", "pin_s", b"pin_s", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resume", b"resume", "sampling_params", b"sampling_params", "structured_output", b"structured_output", "timeout_s", b"timeout_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_kv_divergence_nats: _TypeAlias = _typing.Literal["max_kv_divergence_nats"]  # noqa: Y015
     _WhichOneofArgType__max_kv_divergence_nats: _TypeAlias = _typing.Literal["_max_kv_divergence_nats", b"_max_kv_divergence_nats"]  # noqa: Y015
+    _WhichOneofReturnType__pin_s: _TypeAlias = _typing.Literal["pin_s"]  # noqa: Y015
+    _WhichOneofArgType__pin_s: _TypeAlias = _typing.Literal["_pin_s", b"_pin_s"]  # noqa: Y015
     _WhichOneofReturnType__priority: _TypeAlias = _typing.Literal["priority"]  # noqa: Y015
     _WhichOneofArgType__priority: _TypeAlias = _typing.Literal["_priority", b"_priority"]  # noqa: Y015
     _WhichOneofReturnType__timeout_s: _TypeAlias = _typing.Literal["timeout_s"]  # noqa: Y015
     _WhichOneofArgType__timeout_s: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_kv_divergence_nats) -> _WhichOneofReturnType__max_kv_divergence_nats | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pin_s) -> _WhichOneofReturnType__pin_s | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__priority) -> _WhichOneofReturnType__priority | None: ...
     @_typing.overload
@@ -1146,6 +1159,7 @@ class Usage(_message.Message):
     KV_FORMAT_FIELD_NUMBER: _builtins.int
     FAILOVERS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_BY_TIER_FIELD_NUMBER: _builtins.int
+    PINNED_TOKENS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     completion_tokens: _builtins.int
     cached_tokens: _builtins.int
@@ -1169,6 +1183,10 @@ class Usage(_message.Message):
     kv_format: _builtins.str
     failovers: _builtins.int
     """How often the request moved to another group because an engine was lost."""
+    pinned_tokens: _builtins.int
+    """Prompt tokens that stay cached because of pin_s: those of full pages, or 0 if pins
+    hold as much as they may.
+    """
     @_builtins.property
     def cached_tokens_by_tier(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """cached_tokens by where they were: "device" is the pool of a group."""
@@ -1192,10 +1210,11 @@ class Usage(_message.Message):
         kv_format: _builtins.str = ...,
         failovers: _builtins.int = ...,
         cached_tokens_by_tier: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        pinned_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_time_to_first_token_s", b"_time_to_first_token_s", "time_to_first_token_s", b"time_to_first_token_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_time_to_first_token_s", b"_time_to_first_token_s", "cached_tokens", b"cached_tokens", "cached_tokens_by_tier", b"cached_tokens_by_tier", "completion_tokens", b"completion_tokens", "failovers", b"failovers", "group", b"group", "kv_format", b"kv_format", "kv_freed_bytes", b"kv_freed_bytes", "kv_hot_pages", b"kv_hot_pages", "kv_reserved_bytes", b"kv_reserved_bytes", "kv_sealed_pages", b"kv_sealed_pages", "kv_used_bytes", b"kv_used_bytes", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "queue_s", b"queue_s", "time_to_first_token_s", b"time_to_first_token_s", "total_s", b"total_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_time_to_first_token_s", b"_time_to_first_token_s", "cached_tokens", b"cached_tokens", "cached_tokens_by_tier", b"cached_tokens_by_tier", "completion_tokens", b"completion_tokens", "failovers", b"failovers", "group", b"group", "kv_format", b"kv_format", "kv_freed_bytes", b"kv_freed_bytes", "kv_hot_pages", b"kv_hot_pages", "kv_reserved_bytes", b"kv_reserved_bytes", "kv_sealed_pages", b"kv_sealed_pages", "kv_used_bytes", b"kv_used_bytes", "pinned_tokens", b"pinned_tokens", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "queue_s", b"queue_s", "time_to_first_token_s", b"time_to_first_token_s", "total_s", b"total_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__time_to_first_token_s: _TypeAlias = _typing.Literal["time_to_first_token_s"]  # noqa: Y015
     _WhichOneofArgType__time_to_first_token_s: _TypeAlias = _typing.Literal["_time_to_first_token_s", b"_time_to_first_token_s"]  # noqa: Y015

@@ -79,6 +79,7 @@ class GroupFacts(_message.Message):
     MAX_NUM_BATCHED_TOKENS_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
     OPERATORS_FIELD_NUMBER: _builtins.int
+    LAYOUT_REASON_FIELD_NUMBER: _builtins.int
     group: _builtins.str
     kv_format: _builtins.str
     dtype: _builtins.str
@@ -103,6 +104,8 @@ class GroupFacts(_message.Message):
     """Operators that were chosen when the group started, such as "far keys: torch, sums: NCCL"; empty
     where there was nothing to choose.
     """
+    layout_reason: _builtins.str
+    """Why it has this layout; empty if the layout was given."""
     def __init__(
         self,
         *,
@@ -123,10 +126,11 @@ class GroupFacts(_message.Message):
         max_num_batched_tokens: _builtins.int = ...,
         device: _builtins.str = ...,
         operators: _builtins.str = ...,
+        layout_reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "device", b"device", "dtype", b"dtype", "group", b"group", "hot_page_bytes", b"hot_page_bytes", "hot_pages", b"hot_pages", "kv_format", b"kv_format", "kvp", b"kvp", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "operators", b"operators", "page_size", b"page_size", "recent_pages", b"recent_pages", "sealed_page_bytes", b"sealed_page_bytes", "sealed_pages", b"sealed_pages", "sink_pages", b"sink_pages", "tp", b"tp"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "device", b"device", "dtype", b"dtype", "group", b"group", "hot_page_bytes", b"hot_page_bytes", "hot_pages", b"hot_pages", "kv_format", b"kv_format", "kvp", b"kvp", "layout_reason", b"layout_reason", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "operators", b"operators", "page_size", b"page_size", "recent_pages", b"recent_pages", "sealed_page_bytes", b"sealed_page_bytes", "sealed_pages", b"sealed_pages", "sink_pages", b"sink_pages", "tp", b"tp"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -252,6 +256,8 @@ class GroupLoads(_message.Message):
     TIME_PER_OUTPUT_TOKEN_FIELD_NUMBER: _builtins.int
     QUEUE_TIME_FIELD_NUMBER: _builtins.int
     OLDEST_FIELD_NUMBER: _builtins.int
+    PINNED_PAGES_FIELD_NUMBER: _builtins.int
+    PINNED_EVICTIONS_TOTAL_FIELD_NUMBER: _builtins.int
     group: _builtins.str
     kv_format: _builtins.str
     healthy: _builtins.bool
@@ -268,6 +274,10 @@ class GroupLoads(_message.Message):
     cached_tokens_total: _builtins.int
     preemptions_total: _builtins.int
     steps_total: _builtins.int
+    pinned_pages: _builtins.int
+    """Of prompts, that stay cached for a time: over all ranks that share a sequence's pages."""
+    pinned_evictions_total: _builtins.int
+    """Pinned pages that running requests needed all the same."""
     @_builtins.property
     def hot(self) -> Global___PagesLoad: ...
     @_builtins.property
@@ -311,10 +321,12 @@ class GroupLoads(_message.Message):
         time_per_output_token: Global___LatencySummary | None = ...,
         queue_time: Global___LatencySummary | None = ...,
         oldest: _abc.Iterable[Global___SequenceLoads] | None = ...,
+        pinned_pages: _builtins.int = ...,
+        pinned_evictions_total: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hot", b"hot", "queue_time", b"queue_time", "sealed", b"sealed", "time_per_output_token", b"time_per_output_token", "time_to_first_token", b"time_to_first_token"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_bytes", b"cached_bytes", "cached_tokens_total", b"cached_tokens_total", "completion_tokens_total", b"completion_tokens_total", "draining", b"draining", "free_bytes", b"free_bytes", "group", b"group", "healthy", b"healthy", "hot", b"hot", "kv_format", b"kv_format", "oldest", b"oldest", "outcomes_total", b"outcomes_total", "preemptions_total", b"preemptions_total", "prompt_tokens_total", b"prompt_tokens_total", "queue_time", b"queue_time", "running", b"running", "sealed", b"sealed", "steps_total", b"steps_total", "time_per_output_token", b"time_per_output_token", "time_to_first_token", b"time_to_first_token", "total_bytes", b"total_bytes", "used_bytes", b"used_bytes", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_bytes", b"cached_bytes", "cached_tokens_total", b"cached_tokens_total", "completion_tokens_total", b"completion_tokens_total", "draining", b"draining", "free_bytes", b"free_bytes", "group", b"group", "healthy", b"healthy", "hot", b"hot", "kv_format", b"kv_format", "oldest", b"oldest", "outcomes_total", b"outcomes_total", "pinned_evictions_total", b"pinned_evictions_total", "pinned_pages", b"pinned_pages", "preemptions_total", b"preemptions_total", "prompt_tokens_total", b"prompt_tokens_total", "queue_time", b"queue_time", "running", b"running", "sealed", b"sealed", "steps_total", b"steps_total", "time_per_output_token", b"time_per_output_token", "time_to_first_token", b"time_to_first_token", "total_bytes", b"total_bytes", "used_bytes", b"used_bytes", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -61,7 +61,7 @@ async def test_prompts(
         ({"prompt": ["a"] * 1025}, "prompt", "at most 1024 prompts, got 1025"),
         ({"suffix": "b"}, "suffix", "is not supported"),
         ({"best_of": 3}, "best_of", "must be equal to n"),
-        ({"max_tokens": 0}, "max_tokens", "unless echo is set"),
+        ({"max_tokens": 0}, "max_tokens", "unless echo or pin_s is set"),
         ({"logprobs": True}, "logprobs", "must be a whole number"),
         ({"messages": []}, "messages", "not a field"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from itertools import count
 from random import Random
 from typing import Any
@@ -13,13 +14,22 @@ import pytest
 from hypothesis import given
 
 from kvmesh.workers.constraint import OutputConstraint, Reasoning
-from kvmesh.workers.request import EndReason
+from kvmesh.workers.engine import Engine
+from kvmesh.workers.request import EndReason, PinTerms
 from kvmesh.workers.structured import grammar
 from kvmesh.workers.structured.grammar import Grammar
 from tests.exercised import Exercised
 from tests.scenarios import SEEDS, scenarios
 from tests.workers.structured.schemas import random_schema
-from tests.workers.structured.tiny import PROMPT, generate, request, tokenizer
+from tests.workers.structured.tiny import (
+    PROMPT,
+    config_of,
+    generate,
+    generate_on,
+    request,
+    tokenizer,
+)
+from tests.workers.thread_ranks import ThreadRanks
 
 EOS = 2
 SEEN = Exercised("structured output", {"complete documents": 30, "objects": 5})
@@ -72,6 +82,23 @@ def test_free_sequences_in_the_same_batch_are_as_without_it() -> None:
 
 
 PATTERN = r"[a-f]{3,60}!"
+
+
+@pytest.mark.slow
+def test_dealt_pages_change_neither_what_is_allowed_nor_what_stays() -> None:
+    """On two ranks that share a sequence's pages: the same output, and a prompt that is pinned."""
+    prompt = [40 + i % 60 for i in range(100)]
+    made = request("r", matching(PATTERN), prompt, temperature=0.0)
+    expected = generate(made)["r"]
+    dealt = Engine(config := config_of(kvp=2), ThreadRanks(config))
+    pinned = generate_on(dealt, replace(made, pin=PinTerms("tenant", 60.0)))["r"]
+    assert (pinned.tokens, pinned.end) == (expected.tokens, EndReason.STOP)
+    assert pinned.usage is not None and pinned.usage.pinned_tokens == 96
+    arenas = dealt.scheduler.cache.sealed.parts
+    assert all(any(key in arena._pinned for key in arena.named) for arena in arenas)
+    again = generate_on(dealt, made)["r"]
+    assert again.tokens == expected.tokens
+    assert again.usage is not None and again.usage.cached_tokens == 96
 
 
 @pytest.mark.parametrize(

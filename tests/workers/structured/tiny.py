@@ -16,7 +16,7 @@ from kvmesh.workers.constraint import OutputConstraint
 from kvmesh.workers.engine import Engine
 from kvmesh.workers.local import InProcessExecutor
 from kvmesh.workers.model.tokenizer import Tokenizer
-from kvmesh.workers.request import EndReason, EngineRequest, SampledLogprobs
+from kvmesh.workers.request import EndReason, EngineRequest, SampledLogprobs, SequenceUsage
 from kvmesh.workers.request_check import check_request
 from kvmesh.workers.sampling_params import SamplingParams
 from tests.model.small import make_small_model, make_small_tokenizer
@@ -34,6 +34,7 @@ class Output:
     logprobs: list[SampledLogprobs] = field(default_factory=list)
     end: EndReason | None = None
     error: str | None = None
+    usage: SequenceUsage | None = None
 
     @property
     def text(self) -> str:
@@ -55,16 +56,20 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.load(model_path())
 
 
+def config_of(**changes: Any) -> EngineConfig:
+    values: dict[str, Any] = {
+        "page_size": 16,
+        "kv_format": "exact",
+        "max_num_batched_tokens": 128,
+        "threads_per_rank": 1,
+    }
+    return EngineConfig(model=str(model_path()), **{**values, **changes})
+
+
 @cache
 def engine(in_flight: int = 2) -> Engine:
     """in_flight: steps; one would do on a CPU, where two are harder"""
-    config = EngineConfig(
-        model=str(model_path()),
-        page_size=16,
-        kv_format="exact",
-        max_num_batched_tokens=128,
-        threads_per_rank=1,
-    )
+    config = config_of()
     executor = InProcessExecutor(config)
     executor.max_in_flight = in_flight
     return Engine(config, executor)
@@ -89,15 +94,21 @@ def request(
 
 def generate(*requests: EngineRequest) -> dict[str, Output]:
     """Run them together on the engine, to their ends."""
+    return generate_on(engine(), *requests)
+
+
+def generate_on(used: Engine, *requests: EngineRequest) -> dict[str, Output]:
+    """Run them together, to their ends."""
     outputs = {made.request_id: Output() for made in requests}
     for made in requests:
-        check_request(made, engine().info)
-    engine().add(*requests)
-    while engine().has_work:
-        for delta in engine().step():
+        check_request(made, used.info)
+    used.add(*requests)
+    while used.has_work:
+        for delta in used.step():
             output = outputs[delta.request_id]
             output.tokens += delta.token_ids
             output.logprobs += delta.logprobs
             output.end, output.error = delta.finish_reason, delta.error
-    engine().check_integrity()
+            output.usage = delta.usage
+    used.check_integrity()
     return outputs
