@@ -16,7 +16,7 @@ from kvmesh.workers.errors import WorkerDiedError
 from kvmesh.workers.parallel.comm import Communicator
 
 CPU = torch.device("cpu")
-TOKENS = 8
+TOKENS = 4
 
 
 def run_ranks(target: Callable[..., None], size: int, num_results: int, *args: Any) -> list[Any]:

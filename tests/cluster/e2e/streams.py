@@ -87,7 +87,7 @@ class Streams:
                         self._tokens += len(delta.token_ids)
                         self._progress.notify_all()
             finally:
-                started.set()  # whoever waits for it hears of a failure in `ends`
+                started.set()  # a failure is raised in `ends`, not waited for here
             usage = stream.usage
             assert usage is not None
             return Streamed(
