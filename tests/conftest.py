@@ -61,7 +61,7 @@ elsewhere: list[str] = []  # what property tests in other processes have exercis
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("kvmesh")
-    group.addoption("--fuzz-cases", type=int, default=2000, help="mutated requests to send")
+    group.addoption("--fuzz-cases", type=int, default=1000, help="mutated requests to send")
     group.addoption("--fuzz-seed", type=int, default=0, help="which ones")
     group.addoption(
         "--soak-minutes",

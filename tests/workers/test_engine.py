@@ -124,7 +124,7 @@ SEEN = Exercised(
 
 
 @SEEN.required
-@scenarios(120)
+@scenarios(90)
 @given(seed=SEEDS)
 def test_output_depends_on_the_prompt_alone(seed: int) -> None:
     """Not on the batch, on chunks, the cache, preemption, pauses, or on what others compute."""

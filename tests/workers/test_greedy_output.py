@@ -5,6 +5,7 @@ Once it is whole; otherwise it is without most of its layers, which are all alik
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.engine import Engine
+from kvmesh.workers.executor import Executor
 from kvmesh.workers.local import local_executor
 from kvmesh.workers.model.embedded import EMBEDDED_NAME
 from kvmesh.workers.model.source import resolve_model
@@ -20,6 +22,7 @@ from kvmesh.workers.model.tokenizer import Tokenizer
 from tests.model.shallow import make_shallow, shallow_path
 from tests.model.small import most_likely
 from tests.workers.invariance import INVARIANT_TOKENS, Invariance, generate, tokens_of
+from tests.workers.thread_ranks import ThreadRanks
 
 pytestmark = pytest.mark.slow
 
@@ -59,8 +62,12 @@ def shallow() -> str:
     return str(shallow_path())
 
 
-def by_engine(config: EngineConfig, prompts: list[list[int]]) -> list[list[int]]:
-    executor = local_executor(config)
+def by_engine(
+    config: EngineConfig,
+    prompts: list[list[int]],
+    make_executor: Callable[[EngineConfig], Executor] = local_executor,
+) -> list[list[int]]:
+    executor = make_executor(config)
     try:
         engine = Engine(config, executor)
         return [tokens_of(deltas) for deltas in generate(engine, prompts, TOKENS)]
@@ -84,11 +91,13 @@ def test_the_whole_model_equals_that_of_transformers(
     check_greedy(resolve_model(EMBEDDED_NAME).path, prompts, outputs)
 
 
-def test_pages_of_three_ranks_give_the_tokens_of_transformers(
-    shallow: str, prompts: list[list[int]]
+@pytest.mark.parametrize(("tp", "kvp"), [(3, 1), (1, 3)])
+def test_three_ranks_give_the_tokens_of_transformers(
+    tp: int, kvp: int, shallow: str, prompts: list[list[int]]
 ) -> None:
-    outputs = by_engine(CONFIG.replace(model=shallow, kvp=3, page_size=16), prompts)
-    check_greedy(shallow_path(), prompts, outputs)
+    """Of 9 heads and 3 KV heads, or with every third page."""
+    config = CONFIG.replace(model=shallow, tp=tp, kvp=kvp, page_size=16)
+    check_greedy(shallow_path(), prompts, by_engine(config, prompts, ThreadRanks))
 
 
 FORMATS = [
