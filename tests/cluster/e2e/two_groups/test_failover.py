@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 
 import pytest
 
 from kvmesh.client import NO_RETRY, AsyncClient, Client, KVMeshError
 from kvmesh.cluster.lifecycle import Endpoint
 from tests.cluster.e2e.harness import (
+    POLL_S,
     processes_named,
     wait_for,
     wait_idle,
@@ -78,12 +80,17 @@ async def test_what_an_ingress_and_its_clients_leave_behind_is_freed(
         for iterator in iterators:
             for _ in range(3):
                 await anext(iterator)
-        for process in processes_named("ray::ServeReplica:kvmesh:ingress"):
-            kill(process)
-        for iterator in iterators:
-            with pytest.raises(KVMeshError):
-                async for _ in iterator:
-                    pass
+
+        async def read_on(iterator: AsyncIterator[object]) -> None:
+            async for _ in iterator:
+                pass
+
+        ends = asyncio.gather(*map(read_on, iterators), return_exceptions=True)
+        while not ends.done():
+            for process in processes_named("ray::ServeReplica:kvmesh:ingress"):
+                kill(process)
+            await asyncio.sleep(POLL_S)
+        assert [isinstance(end, KVMeshError) for end in await ends] == [True] * len(PROMPTS)
 
 
 async def test_streams_are_not_affected_by_the_death_of_the_router(
