@@ -92,7 +92,7 @@ def transformers_model(directory: Path, **options: Any) -> Any:
     )
 
 
-def most_likely(model: Any, prompt: list[int], output: list[int]) -> list[int]:
+def first_choices(model: Any, prompt: list[int], output: list[int]) -> list[int]:
     """After the prompt, and after each token of `output` but the last, transformers' first choice.
 
     It equals `output` exactly if their `generate` gives it, which would take a step for each token.

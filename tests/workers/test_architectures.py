@@ -13,7 +13,7 @@ from kvmesh.workers.local import local_executor
 from kvmesh.workers.request import EngineRequest, SequenceUsage
 from kvmesh.workers.sampling_params import SamplingParams
 from tests.model.cases import CASES, PROMPTS
-from tests.model.small import make_small_model, most_likely, transformers_model
+from tests.model.small import first_choices, make_small_model, transformers_model
 
 TOKENS = 24
 
@@ -44,7 +44,7 @@ def test_engine_output_equals_transformers(case: str, tmp_path: Path) -> None:
     model = transformers_model(path)
     for index, prompt in enumerate(PROMPTS):
         assert len(outputs[index]) == TOKENS
-        assert outputs[index] == most_likely(model, prompt, outputs[index])
+        assert outputs[index] == first_choices(model, prompt, outputs[index])
         assert again[index] == outputs[index]
 
 

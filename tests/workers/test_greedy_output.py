@@ -20,7 +20,7 @@ from kvmesh.workers.model.embedded import EMBEDDED_NAME
 from kvmesh.workers.model.source import resolve_model
 from kvmesh.workers.model.tokenizer import Tokenizer
 from tests.model.shallow import make_shallow, shallow_path
-from tests.model.small import most_likely
+from tests.model.small import first_choices
 from tests.workers.invariance import INVARIANT_TOKENS, Invariance, generate, tokens_of
 from tests.workers.thread_ranks import ThreadRanks
 
@@ -80,7 +80,7 @@ def check_greedy(path: Path, prompts: list[list[int]], outputs: list[list[int]])
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     for prompt, output in zip(prompts, outputs, strict=True):
         assert len(output) == TOKENS or output[-1] == model.generation_config.eos_token_id
-        assert output == most_likely(model, prompt, output)
+        assert output == first_choices(model, prompt, output)
 
 
 def test_the_whole_model_equals_that_of_transformers(
