@@ -38,7 +38,7 @@ class Server:
             **SMALL,
             "engine": dict(SMALL["engine"]),
             "ingress": {"port": 0, "http_port": 0},
-            "timeouts": {"drain_s": 120},
+            "timeouts": {"drain_s": 600},
         }
         config.write_text(yaml.safe_dump(sections))
         self._mark = f"{os.getpid()}-{directory.name}"
