@@ -1,13 +1,14 @@
 """Setup for all tests, before anything imports torch or Triton for the first time.
 
-Waiting threads sleep instead of spinning, which would slow a shared machine tenfold. Without
-a GPU the Triton kernels run in Triton's interpreter, which has to be enabled before the first
-import of Triton anywhere in the suite. Property tests have no deadlines: a busy
-machine is not a bug.
+Waiting threads sleep instead of spinning, which would slow a shared machine tenfold. Compiled loops
+are kept on disk, like those of engines, so that one process compiles for all. Without a GPU the
+Triton kernels run in Triton's interpreter, which has to be enabled before the first import of
+Triton anywhere in the suite. Property tests have no deadlines: a busy machine is not a bug.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from pathlib import PurePath
@@ -16,17 +17,28 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
+from kvmesh.workers.cache_directory import keep_compiled_loops
 from kvmesh.workers.threads import wait_passively
 
 wait_passively(os.environ)
+keep_compiled_loops(os.environ)
 if "PYTEST_XDIST_WORKER" in os.environ:  # there is a process for each core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch  # noqa: E402
-
 from tests.exercised import Exercised  # noqa: E402
 
-if not torch.cuda.is_available():
+
+def _has_gpu() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False  # torch, whose import takes seconds, need not be asked
+    import torch
+
+    return torch.cuda.is_available()
+
+
+if not _has_gpu():
     os.environ["TRITON_INTERPRET"] = "1"
 
 # Without Phase.explain, which reruns a failing example for minutes to say little.
@@ -49,7 +61,7 @@ elsewhere: list[str] = []  # what property tests in other processes have exercis
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("kvmesh")
-    group.addoption("--fuzz-cases", type=int, default=2000, help="mutated requests to send")
+    group.addoption("--fuzz-cases", type=int, default=1000, help="mutated requests to send")
     group.addoption("--fuzz-seed", type=int, default=0, help="which ones")
     group.addoption(
         "--soak-minutes",

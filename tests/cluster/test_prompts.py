@@ -101,9 +101,9 @@ async def test_the_event_loop_turns_while_a_long_text_is_tokenised(status: Clust
             await asyncio.sleep(0)
 
     spinning = asyncio.ensure_future(spin())
-    ids = await Prompts(BytesCodec()).encode("some words " * 150_000, "t", status)
+    ids = await Prompts(BytesCodec()).encode("some words " * 50_000, "t", status)
     spinning.cancel()
-    assert len(ids) > 1_500_000
+    assert len(ids) > 500_000
     assert turns > 10, "the lock was kept"
 
 

@@ -32,6 +32,7 @@ from tests.repo.imports import ROOT
 
 RECIPE = ROOT / "examples/haproxy_tls.cfg"
 ONCE = RetryPolicy(max_attempts=1)
+PATIENCE_S = 120.0
 
 
 class Healthy(BaseHTTPRequestHandler):
@@ -83,13 +84,13 @@ def front(directory: Path, target: str, identity: Identity) -> Iterator[str]:
         yield f"localhost:{port}"
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(PATIENCE_S)
         health.shutdown()
         health.server_close()
 
 
 def wait_for_listener(port: int) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
@@ -113,7 +114,7 @@ def test_calls_and_streams_pass_with_tls_and_nothing_without(tmp_path: Path) -> 
     identity = self_signed("localhost")
     servicer = ScriptedServicer(answering(pb.GetTenantLoadsResponse()), streaming())
     with serving(servicer) as target, front(tmp_path, target, identity) as secure:
-        patient = RetryPolicy(max_connect_s=20.0)  # until the first health check has passed
+        patient = RetryPolicy(max_connect_s=PATIENCE_S)  # until the first health check has passed
         with Client(secure, api_key="k", tls=TLS(root_ca=identity.cert), retry=patient) as client:
             assert client.tenant_loads().running == 0
             assert "".join(d.text for d in client.generate_stream("x")) == "Paris"
@@ -125,4 +126,4 @@ def test_calls_and_streams_pass_with_tls_and_nothing_without(tmp_path: Path) -> 
                 Client(secure, api_key="k", tls=tls or False, retry=ONCE) as client,
                 pytest.raises(UnavailableError),
             ):
-                client.tenant_loads(timeout_s=20.0)
+                client.tenant_loads(timeout_s=PATIENCE_S)

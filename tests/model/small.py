@@ -101,6 +101,17 @@ def transformers_model(directory: Path, **options: Any) -> Any:
     )
 
 
+def first_choices(model: Any, prompt: list[int], output: list[int]) -> list[int]:
+    """After the prompt, and after each token of `output` but the last, transformers' first choice.
+
+    It equals `output` exactly if their `generate` gives it, which would take a step for each token.
+    """
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1]
+    chosen: list[int] = logits.argmax(-1).tolist()
+    return chosen
+
+
 _TWIN = "as_llama"
 
 

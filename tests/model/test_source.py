@@ -30,6 +30,7 @@ from kvmesh.workers.parallel.comm import Communicator
 from tests.model.attend import prompt_logits
 from tests.model.cases import LLAMA3, LONGROPE, YARN
 from tests.model.small import make_small_gguf, make_small_model, make_small_tokenizer
+from tests.model.store_process import fill, make_entry
 
 PROMPT = [5, 9, 2, 7, 7, 1]
 
@@ -484,23 +485,10 @@ def test_no_index_and_no_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 # The store.
 
 
-def _fill(path: Path) -> None:
-    (path / "weights").write_bytes(bytes(1000))
-
-
-def _make_slowly(root: Path, turns: Any) -> None:
-    def fill(path: Path) -> None:
-        turns.put("filled")
-        _fill(path)
-
-    ModelStore(root).make("key", "name", fill, 0)
-
-
-@pytest.mark.slow
 def test_two_processes_make_an_entry_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     turns = context.Queue()
-    makers = [context.Process(target=_make_slowly, args=(tmp_path, turns)) for _ in range(2)]
+    makers = [context.Process(target=make_entry, args=(tmp_path, turns)) for _ in range(2)]
     for maker in makers:
         maker.start()
     for maker in makers:
@@ -515,7 +503,7 @@ def test_a_failed_or_killed_fill_leaves_no_entry(tmp_path: Path) -> None:
     models = ModelStore(tmp_path)
 
     def fail(path: Path) -> None:
-        _fill(path)
+        fill(path)
         raise OSError(28, "No space left on device")
 
     with pytest.raises(ConfigError, match="No space left"):
@@ -523,7 +511,7 @@ def test_a_failed_or_killed_fill_leaves_no_entry(tmp_path: Path) -> None:
     assert models.get("key") is None
     stale = tmp_path / "key.partial-killed"
     stale.mkdir()
-    models.make("key", "name", _fill, 0)
+    models.make("key", "name", fill, 0)
     assert not stale.exists()
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["key"]
 
@@ -534,13 +522,13 @@ def test_a_full_disk_is_reported_before_the_download(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
     with pytest.raises(ConfigError, match="needs 1,000 bytes"):
-        ModelStore(tmp_path).make("key", "name", _fill, 1000)
+        ModelStore(tmp_path).make("key", "name", fill, 1000)
 
 
 @pytest.mark.parametrize("damage", ["cut short", "gone", "no manifest"])
 def test_a_damaged_entry_is_made_again(tmp_path: Path, damage: str) -> None:
     models = ModelStore(tmp_path)
-    entry = models.make("key", "name", _fill, 0)
+    entry = models.make("key", "name", fill, 0)
     assert models.get("key") == entry
     if damage == "cut short":
         (entry / "weights").write_bytes(bytes(999))
@@ -549,7 +537,7 @@ def test_a_damaged_entry_is_made_again(tmp_path: Path, damage: str) -> None:
     else:
         (entry / "kvmesh.json").write_text("")
     assert models.get("key") is None
-    models.make("key", "name", _fill, 0)
+    models.make("key", "name", fill, 0)
     assert models.get("key") == entry
 
 

@@ -174,6 +174,7 @@ def type_check(python: Path, cwd: Path) -> list[str]:
     return [line for line in lines if " defined in " not in line]
 
 
+@pytest.mark.slow
 def test_the_wheel_contains_only_the_package(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -209,6 +210,7 @@ def test_the_wheel_contains_only_the_package(wheel: Path) -> None:
     assert "kvmesh = kvmesh.cluster.cli:main" in entry_points
 
 
+@pytest.mark.slow
 def test_a_base_install_is_the_sdk(wheel: Path, bare_python: Path, tmp_path: Path) -> None:
     install(bare_python, wheel, cwd=tmp_path)
     where = run(bare_python, "-I", "-c", TALK, cwd=tmp_path)
@@ -227,6 +229,7 @@ def test_a_base_install_is_the_sdk(wheel: Path, bare_python: Path, tmp_path: Pat
     assert re.fullmatch(r"kvmesh\.LLM needs .*: pip install 'kvmesh\[serve\]'", said)
 
 
+@pytest.mark.slow
 def test_the_extra_cli_asks_servers_and_starts_none(
     wheel: Path, bare_python: Path, tmp_path: Path
 ) -> None:
@@ -241,6 +244,7 @@ def test_the_extra_cli_asks_servers_and_starts_none(
     assert "needs packages that are not here (yaml): pip install 'kvmesh[serve]'" in said
 
 
+@pytest.mark.slow
 def test_an_editable_install_uses_the_checkout(
     checkout: Path, bare_python: Path, tmp_path: Path
 ) -> None:

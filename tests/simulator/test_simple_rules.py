@@ -15,7 +15,7 @@ LOADS = (0.8, 1.1, 1.4)
 RULES = ("round-robin", "power-of-two", "vllm-dp", "prefix-tree", "dynamo")
 
 
-@pytest.mark.no_cover  # which would take most of the time; others run the same code
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_simple_rule_is_better_at_any_load(family: str) -> None:
     for load in LOADS:

@@ -1,6 +1,12 @@
-"""Greedy output of the embedded model: equal to transformers', and independent of how it is run."""
+"""Greedy output of the embedded model: equal to transformers', and independent of how it is run.
+
+Once it is whole; otherwise it is without most of its layers, which are all alike.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,11 +14,15 @@ from transformers import AutoModelForCausalLM
 
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.engine import Engine
+from kvmesh.workers.executor import Executor
 from kvmesh.workers.local import local_executor
 from kvmesh.workers.model.embedded import EMBEDDED_NAME
 from kvmesh.workers.model.source import resolve_model
 from kvmesh.workers.model.tokenizer import Tokenizer
+from tests.model.shallow import make_shallow, shallow_path
+from tests.model.small import first_choices
 from tests.workers.invariance import INVARIANT_TOKENS, Invariance, generate, tokens_of
+from tests.workers.thread_ranks import ThreadRanks
 
 pytestmark = pytest.mark.slow
 
@@ -47,32 +57,47 @@ def prompts(tokenizer: Tokenizer) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def reference(prompts: list[list[int]]) -> list[list[int]]:
-    """transformers' generate in fp32."""
-    path = resolve_model(EMBEDDED_NAME, progress=None).path
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    outputs = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False
-        )
-        outputs.append(out[0, len(prompt) :].tolist())
-    return outputs
+def shallow() -> str:
+    make_shallow()
+    return str(shallow_path())
 
 
-@pytest.mark.parametrize(("tp", "kvp"), [(1, 1), (1, 3)])
-def test_exact_fp32_equals_transformers(
-    tp: int, kvp: int, prompts: list[list[int]], reference: list[list[int]]
-) -> None:
-    config = CONFIG.replace(tp=tp, kvp=kvp, threads_per_rank=1)
-    executor = local_executor(config)
+def by_engine(
+    config: EngineConfig,
+    prompts: list[list[int]],
+    make_executor: Callable[[EngineConfig], Executor] = local_executor,
+) -> list[list[int]]:
+    executor = make_executor(config)
     try:
         engine = Engine(config, executor)
-        outputs = [tokens_of(deltas) for deltas in generate(engine, prompts, TOKENS)]
+        return [tokens_of(deltas) for deltas in generate(engine, prompts, TOKENS)]
     finally:
         executor.close()
-    assert outputs == reference
+
+
+def check_greedy(path: Path, prompts: list[list[int]], outputs: list[list[int]]) -> None:
+    """Against transformers in fp32."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert len(output) == TOKENS or output[-1] == model.generation_config.eos_token_id
+        assert output == first_choices(model, prompt, output)
+
+
+def test_the_whole_model_equals_that_of_transformers(
+    tokenizer: Tokenizer, prompts: list[list[int]]
+) -> None:
+    outputs = by_engine(CONFIG, prompts)
+    assert tokenizer.decode(outputs[0]).startswith("The capital of France is Paris")
+    check_greedy(resolve_model(EMBEDDED_NAME).path, prompts, outputs)
+
+
+@pytest.mark.parametrize(("tp", "kvp"), [(3, 1), (1, 3)])
+def test_three_ranks_give_the_tokens_of_transformers(
+    tp: int, kvp: int, shallow: str, prompts: list[list[int]]
+) -> None:
+    """Of 9 heads and 3 KV heads, or with every third page."""
+    config = CONFIG.replace(model=shallow, tp=tp, kvp=kvp, page_size=16)
+    check_greedy(shallow_path(), prompts, by_engine(config, prompts, ThreadRanks))
 
 
 FORMATS = [
@@ -84,14 +109,18 @@ FORMATS = [
 
 @pytest.fixture(scope="module", params=FORMATS)
 def invariance(
-    request: pytest.FixtureRequest, tokenizer: Tokenizer, prompts: list[list[int]]
+    request: pytest.FixtureRequest, shallow: str, tokenizer: Tokenizer, prompts: list[list[int]]
 ) -> Invariance:
     preamble = tokenizer.encode(
         "You answer in plain words, from what you know, and say so when you do not know. " * 6,
         add_special_tokens=False,
     )
     config = CONFIG.replace(
-        page_size=16, max_num_batched_tokens=64, prefix_cache=False, **request.param
+        model=shallow,
+        page_size=16,
+        max_num_batched_tokens=64,
+        prefix_cache=False,
+        **request.param,
     )
     return Invariance(config, [preamble + prompt for prompt in prompts[:3]])
 

@@ -33,7 +33,7 @@ class ThreadCommunicator(Communicator):
         assert self.barriers is not None
         self._turn ^= 1
         self._board[self._turn][self.rank] = part.clone()
-        self.barriers.wait(timeout=60)
+        self.barriers.wait(timeout=300)
         return list(self._board[self._turn])
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:

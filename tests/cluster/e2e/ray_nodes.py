@@ -21,7 +21,7 @@ from kvmesh.cluster.environment import local_variables
 from kvmesh.cluster.ports import PortBlock
 from kvmesh.cluster.processes import adopt_orphans, descendants, end_descendants
 from kvmesh.cluster.serve_config import anywhere, serve_config
-from tests.cluster.e2e.harness import wait_for
+from tests.cluster.e2e.harness import PATIENCE_S, wait_for
 
 RAY = Path(sys.executable).with_name("ray")
 SERVE = Path(sys.executable).with_name("serve")
@@ -87,7 +87,6 @@ def ray_nodes(
             wait_for(
                 lambda: len(alive_nodes(url)) > len(nodes.commands),
                 lambda: f"a node is up: {(directory / 'ray.log').read_text()}",
-                within_s=120,
             )
             (node,) = alive_nodes(url) - nodes.commands.keys()
             nodes.commands[node] = process
@@ -98,7 +97,7 @@ def ray_nodes(
             process.terminate()
         for process in commands:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(20)
+                process.wait(60)
         end_descendants(keep)
         log.close()
 
@@ -106,7 +105,7 @@ def ray_nodes(
 def _ask(url: str) -> Any:
     """Raises OSError."""
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {TOKEN}"})
-    return urllib.request.urlopen(request, timeout=30)
+    return urllib.request.urlopen(request, timeout=PATIENCE_S)
 
 
 def answers(url: str) -> bool:
@@ -151,7 +150,7 @@ def deploy(url: str, config: Path) -> None:
     command = [str(SERVE), "deploy", "--address", url, str(config)]
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=120, check=False
+        command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False
     )
     assert done.returncode == 0, done.stderr
 
@@ -160,7 +159,7 @@ def deploy(url: str, config: Path) -> None:
         assert found["status"] != "DEPLOY_FAILED", found["message"]
         return bool(found["status"] == "RUNNING")
 
-    wait_for(running, lambda: f"running: {application(url)}", within_s=240, period_s=0.5)
+    wait_for(running, lambda: f"running: {application(url)}", period_s=0.5)
 
 
 def nodes_of(found: dict[str, Any], deployment: str) -> dict[str, str]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import psutil
+import pytest
 
 from kvmesh.client import AsyncClient, Client, KVMeshError, Loads, RetryPolicy
 from kvmesh.cluster.lifecycle import Endpoint
-from tests.cluster.e2e.harness import processes_named
+from tests.cluster.e2e.harness import processes_named, wait_for
 
 PROMPTS = (
     "The capital of France is",
@@ -21,6 +22,7 @@ PROMPTS = (
     "Water boils at a temperature of",
 )
 PATIENCE_S = 400.0  # on a machine with other work
+LENGTHS = (64, 128, 256, 512, 1024)  # of streams, in tokens
 # A dead replica is replaced within seconds, on a busy machine tens of seconds.
 PATIENT = RetryPolicy(max_attempts=12, max_backoff_s=5.0)
 
@@ -32,6 +34,7 @@ class Streamed:
     token_ids: tuple[int, ...]
     text: str
     whole_text: str
+    group: str
     failovers: int
     resumes: int
 
@@ -50,14 +53,12 @@ class Streams:
             for prompt, started in zip(prompts, self._started, strict=True)
         ]
 
-    async def wait_for_tokens(self) -> None:
-        """Wait until each has some tokens."""
+    async def all_run(self) -> bool:
+        """Wait until each has some tokens; whether none has ended by then."""
         async with asyncio.timeout(PATIENCE_S):
             for started in self._started:
                 await started.wait()
-        assert not any(task.done() for task in self._tasks), (
-            "a stream has ended before anything was killed"
-        )
+        return not any(task.done() for task in self._tasks)
 
     async def received(self, tokens: int) -> None:
         """Wait until all of them together have this many tokens."""
@@ -76,18 +77,26 @@ class Streams:
             stream = client.generate_stream(
                 prompt, max_tokens=self._max_tokens, temperature=0.0, ignore_eos=True
             )
-            async for delta in stream:
-                token_ids.extend(delta.token_ids)
-                text += delta.text
-                if len(token_ids) >= 3:
-                    started.set()
-                async with self._progress:
-                    self._tokens += len(delta.token_ids)
-                    self._progress.notify_all()
+            try:
+                async for delta in stream:
+                    token_ids.extend(delta.token_ids)
+                    text += delta.text
+                    if len(token_ids) >= 3:
+                        started.set()
+                    async with self._progress:
+                        self._tokens += len(delta.token_ids)
+                        self._progress.notify_all()
+            finally:
+                started.set()  # a failure is raised in `ends`, not waited for here
             usage = stream.usage
             assert usage is not None
             return Streamed(
-                tuple(token_ids), text, stream.completion.text, usage.failovers, stream.resumes
+                tuple(token_ids),
+                text,
+                stream.completion.text,
+                usage.group,
+                usage.failovers,
+                stream.resumes,
             )
 
 
@@ -103,11 +112,42 @@ def kill(process: psutil.Process) -> None:
     os.kill(process.pid, signal.SIGKILL)
 
 
+async def killed_under(
+    endpoint: Endpoint,
+    prompts: Sequence[str],
+    victim: str,
+    groups: int,
+    noticed: Callable[[list[Streamed]], bool],
+) -> tuple[list[Streamed], int]:
+    """What streams have seen that ran while the first process named `victim` was killed, and of
+    how many tokens they are.
+
+    Nothing can hold a stream back: on a busy machine one may end before the last one starts, or
+    before the victim is dead. Then longer ones are tried.
+
+    noticed: whether any stream was affected, as far as clients can know that
+    """
+    for tokens in LENGTHS:
+        await asyncio.to_thread(
+            wait_for, lambda: is_complete(endpoint, groups), "every part is up", period_s=0.5
+        )
+        process = processes_named(victim)[0]
+        streams = Streams(endpoint, prompts, tokens)
+        if await streams.all_run():
+            kill(process)
+            streamed = await streams.ends()
+            if noticed(streamed):
+                return streamed, tokens
+        else:
+            await streams.ends()
+    pytest.fail(f"streams of {tokens} tokens ended before {victim} was killed")
+
+
 def loads(endpoint: Endpoint) -> Loads | None:
     """The cluster's loads, or None while they are not available."""
     try:
         with Client(endpoint.target, api_key=endpoint.api_key) as client:
-            return client.loads(timeout_s=10.0)
+            return client.loads(timeout_s=60.0)
     except KVMeshError:
         return None
 

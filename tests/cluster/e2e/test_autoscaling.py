@@ -20,17 +20,18 @@ from tests.cluster.e2e.harness import (
     wait_for,
     wait_idle,
 )
-from tests.cluster.e2e.shallow import LAYERS
 from tests.cluster.e2e.streams import PATIENT, PROMPTS, Streams, check_complete, loads
+from tests.model.shallow import LAYERS
 
 pytestmark = [
     pytest.mark.ray,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1800),
     # Ray's own, at its import.
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
 ]
 
 SHORT, LONG = 24, 300
+ATTEMPTS = 5
 NOISE_NATS = 0.05
 # Four sequences fill a group; one in each is little enough for one group alone.
 CONFIG = small_config(
@@ -80,20 +81,21 @@ async def test_a_group_is_added_and_removed_under_streams(
     with Client(endpoint.target, api_key=endpoint.api_key, retry=PATIENT) as client:
         assert groups_up(endpoint) == {"engine-0"} and engines() == 1
         many = list(islice(cycle(PROMPTS), 16))
-        while len(groups_up(endpoint)) < 2:
-            check_complete(await Streams(endpoint, many, SHORT).ends(), many, expected)
+        for _ in range(ATTEMPTS):
+            while len(groups_up(endpoint)) < 2:
+                check_complete(await Streams(endpoint, many, SHORT).ends(), many, expected)
 
-        # Both groups have a stream when one of them is removed, after a few idle seconds.
-        streams = Streams(endpoint, few, LONG)
-        await streams.wait_for_tokens()
-        found = loads(endpoint)
-        assert found is not None
-        both = sorted(group.running for group in found.groups) == [1, 1]
-        streamed = await streams.ends()
-        for prompt, seen in zip(few, streamed, strict=True):
-            assert len(seen.token_ids) == LONG and seen.text == seen.whole_text
-            assert max(regrets(client, prompt, seen.token_ids)) < NOISE_NATS
-        assert [seen.resumes for seen in streamed] == [0, 0]
+            # Both groups have a stream when one of them is removed, after a few idle seconds; on a
+            # busy machine it may be gone before it has one, and comes again.
+            streamed = await Streams(endpoint, few, LONG).ends()
+            for prompt, seen in zip(few, streamed, strict=True):
+                assert len(seen.token_ids) == LONG and seen.text == seen.whole_text
+                assert max(regrets(client, prompt, seen.token_ids)) < NOISE_NATS
+            assert [seen.resumes for seen in streamed] == [0, 0]
+            if {seen.group for seen in streamed} == {"engine-0", "engine-1"}:
+                break
+        else:
+            pytest.fail("one group had both streams every time")
 
         wait_for(lambda: engines() == 1, "Serve has ended the other group's processes")
         wait_for(lambda: groups_up(endpoint) == {"engine-0"}, "the router has forgotten it")
@@ -102,4 +104,3 @@ async def test_a_group_is_added_and_removed_under_streams(
         check_accounts(found)
         assert [group.group for group in found.groups] == ["engine-0"]
         assert found.router.audit_faults_total == 0
-        assert both, "each group had a stream"

@@ -17,7 +17,7 @@ import yaml
 
 from kvmesh.client import AuthenticationError, Client
 from kvmesh.cluster.ports import take_ports
-from tests.cluster.e2e.harness import SMALL_ENGINE, wait_for
+from tests.cluster.e2e.harness import PATIENCE_S, SMALL_ENGINE, wait_for
 from tests.cluster.e2e.ray_nodes import (
     TOKEN,
     RayNodes,
@@ -28,11 +28,11 @@ from tests.cluster.e2e.ray_nodes import (
     nodes_of,
     ray_nodes,
 )
-from tests.cluster.e2e.shallow import make_shallow, shallow_path
+from tests.model.shallow import make_shallow, shallow_path
 
 pytestmark = [
     pytest.mark.ray,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(" " in sys.executable, reason="`ray start` fails below a path with spaces"),
 ]
 
@@ -98,7 +98,7 @@ def test_serve_joins_a_cluster_with_its_token_and_says_so_without(
             capture_output=True,
             text=True,
             check=False,
-            timeout=120,
+            timeout=PATIENCE_S,
         ).stderr
         assert said.count("error: the Ray cluster at") == 1
         assert "asks for another token" in said and "InvalidAuthToken" not in said
@@ -110,7 +110,7 @@ def test_serve_joins_a_cluster_with_its_token_and_says_so_without(
             answer = client.generate("The capital of France is", max_tokens=4, ignore_eos=True)
             assert answer.usage.completion_tokens == 4
         process.send_signal(signal.SIGTERM)
-        assert process.wait(90) == 0
+        assert process.wait(PATIENCE_S) == 0
     assert "kvmesh" not in applications(head.nodes.url)
 
 

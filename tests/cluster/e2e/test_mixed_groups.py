@@ -21,7 +21,7 @@ from tests.cluster.e2e.harness import (
 
 pytestmark = [
     pytest.mark.ray,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1800),
     # Ray's own, at its import.
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
 ]

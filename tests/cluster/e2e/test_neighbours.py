@@ -18,12 +18,12 @@ import pytest
 from kvmesh.client import NO_RETRY, AsyncClient, Client, UnavailableError
 from kvmesh.cluster.lifecycle import Endpoint
 from kvmesh.cluster.ports import BLOCK_SIZE, FIRST_PORT
-from tests.cluster.e2e.harness import wait_for
+from tests.cluster.e2e.harness import PATIENCE_S, wait_for
 from tests.cluster.e2e.server import Server, serving_process
 
 pytestmark = [
     pytest.mark.ray,
-    pytest.mark.timeout(400),
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(sys.platform != "linux", reason="finding its processes needs Linux"),
 ]
 
@@ -141,7 +141,7 @@ def test_a_replaced_ingress_is_not_a_neighbours(servers: list[Server]) -> None:
 
 def generates(client: Client) -> bool:
     try:
-        client.generate([1, 2, 3], max_tokens=1, timeout_s=20.0)
+        client.generate([1, 2, 3], max_tokens=1, timeout_s=PATIENCE_S)
     except UnavailableError:
         return False
     return True

@@ -36,12 +36,12 @@ from tests.cluster.e2e.ray_nodes import (
     nodes_of,
     ray_nodes,
 )
-from tests.cluster.e2e.shallow import make_shallow, shallow_path
 from tests.cluster.e2e.streams import PATIENT, PROMPTS, Streams, check_complete
+from tests.model.shallow import make_shallow, shallow_path
 
 pytestmark = [
     pytest.mark.ray,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(" " in sys.executable, reason="`ray start` fails below a path with spaces"),
     # Ray's own, at its import.
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),

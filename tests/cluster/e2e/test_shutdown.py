@@ -17,7 +17,7 @@ from tests.cluster.e2e.streams import PROMPTS, Streams, check_complete
 
 pytestmark = [
     pytest.mark.ray,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(sys.platform != "linux", reason="finding its processes needs Linux"),
 ]
 

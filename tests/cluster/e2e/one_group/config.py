@@ -13,7 +13,7 @@ def config(collector: str | None = None) -> ClusterConfig:
     return small_config(
         model=EMBEDDED_NAME,
         engine={**SMALL_ENGINE, "kv_memory_bytes": "16MiB"},
-        router={"max_queued": QUEUE_LIMIT},
+        router={"max_queued": QUEUE_LIMIT, "queue_timeout_s": 900.0},
         metrics={"tenants": 1},
         traces={"endpoint": collector, "sample_ratio": 0},
     )

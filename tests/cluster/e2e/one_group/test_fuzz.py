@@ -32,7 +32,7 @@ CONCURRENT_CALLS = 24
 # Of a call without a limit of its own: the client then leaves.
 PATIENCE_S = 10.0
 # For a busy machine: the limit bounds the engine's work, not the way there and back.
-GRACE_S = 20.0
+GRACE_S = 120.0
 # The contract's table, without what only a lost or starting server may answer, and INTERNAL.
 DOCUMENTED = frozenset(
     {

@@ -16,7 +16,7 @@ from tests.cluster.otlp import Batch
 
 pytestmark = [
     pytest.mark.ray,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1800),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
 ]
 

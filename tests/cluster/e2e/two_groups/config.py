@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tests.cluster.e2e.harness import KV_LAYER_BYTES, SMALL_ENGINE, small_config
-from tests.cluster.e2e.shallow import LAYERS
+from tests.model.shallow import LAYERS
+
+# Greedy outputs of so many tokens, by their prompts, when nothing dies.
+Outputs = Callable[[int], dict[str, tuple[int, ...]]]
 
 GROUPS = 2
-# Of each greedy stream: what is resumed has sealed pages, and none ends before the last starts.
-TOKENS = 64
+TOKENS = 64  # of each greedy stream: what is resumed has sealed pages
 CONFIG = small_config(
     groups=GROUPS,
     # Room for a stream that outlives the start of a router.

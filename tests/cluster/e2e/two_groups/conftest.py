@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import pytest
@@ -16,7 +17,7 @@ from tests.cluster.e2e.harness import (
     wait_idle,
 )
 from tests.cluster.e2e.streams import PATIENT, PROMPTS, is_complete
-from tests.cluster.e2e.two_groups.config import CONFIG, GROUPS, TOKENS
+from tests.cluster.e2e.two_groups.config import CONFIG, GROUPS, TOKENS, Outputs
 
 
 @pytest.fixture(scope="package")
@@ -26,11 +27,22 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
 
 
 @pytest.fixture(scope="package")
-def expected(endpoint: Endpoint) -> dict[str, tuple[int, ...]]:
-    """The output for each prompt when nothing dies."""
+def outputs(endpoint: Endpoint) -> Outputs:
+    """What streams say when nothing dies, each length computed once."""
     with Client(endpoint.target, api_key=endpoint.api_key) as client:
         ids = [client.tokenize(prompt).token_ids for prompt in PROMPTS]
-    return dict(zip(PROMPTS, greedy_by_engine(CONFIG, ids, TOKENS), strict=True))
+
+    @functools.cache
+    def of_length(tokens: int) -> dict[str, tuple[int, ...]]:
+        return dict(zip(PROMPTS, greedy_by_engine(CONFIG, ids, tokens), strict=True))
+
+    return of_length
+
+
+@pytest.fixture(scope="package")
+def expected(outputs: Outputs) -> dict[str, tuple[int, ...]]:
+    """The output for each prompt when nothing dies."""
+    return outputs(TOKENS)
 
 
 @pytest.fixture
@@ -38,7 +50,7 @@ def client(endpoint: Endpoint) -> Iterator[Client]:
     """The cluster is complete before and after the test."""
 
     def wait_complete(what: str) -> None:
-        wait_for(lambda: is_complete(endpoint, GROUPS), what, within_s=120, period_s=0.5)
+        wait_for(lambda: is_complete(endpoint, GROUPS), what, period_s=0.5)
 
     wait_complete("every part is up")
     with Client(endpoint.target, api_key=endpoint.api_key, retry=PATIENT) as client:

@@ -25,7 +25,7 @@ from tests.cluster.e2e.two_groups.config import GROUPS
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.usefixtures("audited"),
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
     # Ray's own, at its import.
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
 ]
