@@ -84,13 +84,13 @@ def test_kernels_compile_fit_into_shared_memory_and_have_not_grown(capability: s
 
 def test_attention_over_latents_fits_into_shared_memory() -> None:
     script = str(ROOT / "benchmarks" / "compiled.py")
-    run(script, "--capability", "89", "--latent", "128", "--format", "fp8")
+    run((script, "--capability", "89", "--latent", "128", "--format", "fp8"))
 
 
 def test_tiles_of_whole_blocks_compile_without_bf16() -> None:
     script = str(ROOT / "benchmarks" / "compiled.py")
     where = ("--capability", "75", "--kernel", "prefill", "decoded pages")
-    run(script, *where, "--format", "k3v2")
+    run((script, *where, "--format", "k3v2"))
 
 
 def test_the_record_of_what_compiles_has_no_failure() -> None:
