@@ -168,8 +168,10 @@ def test_a_ranks_process_joins_its_group_and_serves(
     config = EngineConfig(model="m", tp=2, kvp=3)
     end, comm, calls = ScriptedEnd([None, Close()]), FakeComm(), list[tuple[object, ...]]()
 
-    def connect(rank: int, ranks: int, rendezvous: Path, *, device: str, kvp: int) -> FakeComm:
-        calls.append((rank, ranks, rendezvous, device, kvp))
+    def connect(
+        rank: int, ranks: int, rendezvous: Path, *, device: str, kvp: int, deterministic: bool
+    ) -> FakeComm:
+        calls.append((rank, ranks, rendezvous, device, kvp, deterministic))
         return comm
 
     def make_rank(*arguments: object) -> FakeRank:
@@ -182,7 +184,7 @@ def test_a_ranks_process_joins_its_group_and_serves(
     monkeypatch.setattr(Communicator, "connect", connect)
     monkeypatch.setattr(worker, "Rank", make_rank)
     worker.worker_main(config, 1, "ipc://one", tmp_path)
-    joined = (1, 6, tmp_path, "1 of 2", 3)
+    joined = (1, 6, tmp_path, "1 of 2", 3, False)
     assert calls == [(os.environ,), joined, (config, 1, comm)]
     assert end.sent == [DESCRIPTION] and end.unread == 0
     assert end.closed and comm.closed
