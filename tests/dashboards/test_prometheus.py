@@ -48,6 +48,7 @@ ABSENT = {
         table.EXPERT_IMBALANCE,
         table.GPU_UTILIZATION,
         table.GPU_MEMORY,
+        table.PINNED_EVICTIONS,
         table.PREEMPTIONS,
         table.QUARANTINES,
     )

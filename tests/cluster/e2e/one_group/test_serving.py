@@ -653,6 +653,7 @@ RARE = {
     *("kvmesh_failovers_total", "kvmesh_quarantined_requests_total", "kvmesh_preemptions_total"),
     *("kvmesh_gpu_utilization_ratio", "kvmesh_gpu_memory_bytes", "kvmesh_group_divergence_nats"),
     "kvmesh_expert_imbalance_ratio",
+    "kvmesh_pinned_evictions_total",
 }
 
 
