@@ -17,13 +17,12 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from benchmarks.control_plane.health import HealthProbe
 from benchmarks.control_plane.tokens import FIRST_ID, NUM_IDS, Checker, chain
 from kvmesh.protos import pb
 
 PROMPT_TOKENS = 32
-HEALTH_PERIOD_S = 0.05
 CALL_TIMEOUT_S = 300.0
 METHOD = "/kvmesh.v1.KVMesh/GenerateStream"
 
@@ -35,7 +34,7 @@ class Load:
     tokens: output tokens per request
     step_ms: duration of the engine's steps; 0: as fast as possible
     settle_s: between the last client's first token and the window
-    health: probe the health service as well
+    health: probe the health service as well, from another process
     """
 
     streams: int
@@ -61,9 +60,9 @@ class Outcome:
     messages: int
     requests: int
     first_token_s: float | None
-    health_s: float | None
-    health_max_s: float | None
     client_cpu_s: float
+    health_s: float | None = None
+    health_max_s: float | None = None
     checked_requests: int = 0
 
 
@@ -78,11 +77,8 @@ class LoadGenerator:
     """Runs phases against one cluster; all methods belong to one event loop."""
 
     def __init__(self, target: str, api_key: str | None) -> None:
+        self._target = target
         self._channel = grpc.aio.insecure_channel(target)
-        # As a real probe, with its own connection.
-        own = (("grpc.use_local_subchannel_pool", 1),)
-        probe_channel = grpc.aio.insecure_channel(target, options=own)
-        self._health: Any = health_pb2_grpc.HealthStub(probe_channel)
         self._metadata = () if api_key is None else (("authorization", f"Bearer {api_key}"),)
         self._seeds = itertools.count()
 
@@ -104,18 +100,22 @@ class LoadGenerator:
                 group.create_task(self._client(load, index))
             await self._all_running.wait()
             await asyncio.sleep(load.settle_s)
-            health = _HealthProbe(self._health)
-            probing = group.create_task(health.run()) if load.health else None
-            outcome = await self._window(load, health, opened, closed)
+            probe = await HealthProbe.start(self._target) if load.health else None
+            outcome = await self._window(load, opened, closed)
             self._ending = True
-            if probing is not None:
-                probing.cancel()
-        return replace(outcome, checked_requests=self._counts.requests)
+            checks: list[float] = []
+            if probe is not None:
+                checks = await probe.end(self._opened_s, self._opened_s + outcome.seconds)
+        return replace(
+            outcome,
+            health_s=statistics.median(checks) if checks else None,
+            health_max_s=max(checks, default=None),
+            checked_requests=self._counts.requests,
+        )
 
     async def _window(
         self,
         load: Load,
-        health: _HealthProbe,
         opened: Callable[[], None],
         closed: Callable[[], None],
     ) -> Outcome:
@@ -132,8 +132,6 @@ class LoadGenerator:
             messages=self._counts.messages - before.messages,
             requests=self._counts.requests - before.requests,
             first_token_s=statistics.median(self._firsts) if self._firsts else None,
-            health_s=health.median_s,
-            health_max_s=health.max_s,
             client_cpu_s=time.process_time() - cpu_s,
         )
 
@@ -176,35 +174,6 @@ class LoadGenerator:
             self._waiting -= 1
             if not self._waiting:
                 self._all_running.set()
-
-
-class _HealthProbe:
-    """Calls the health service at a fixed rate, whether or not it has answered."""
-
-    def __init__(self, health: Any) -> None:
-        self._health = health
-        self._latencies: list[float] = []
-
-    async def run(self) -> None:
-        async with asyncio.TaskGroup() as group:
-            while True:
-                group.create_task(self._ask())
-                await asyncio.sleep(HEALTH_PERIOD_S)
-
-    async def _ask(self) -> None:
-        sent_s = time.perf_counter()
-        reply = await self._health.Check(health_pb2.HealthCheckRequest(), timeout=CALL_TIMEOUT_S)
-        if reply.status != health_pb2.HealthCheckResponse.SERVING:
-            raise ValueError(f"the health service answered {reply.status}, expected SERVING")
-        self._latencies.append(time.perf_counter() - sent_s)
-
-    @property
-    def median_s(self) -> float | None:
-        return statistics.median(self._latencies) if self._latencies else None
-
-    @property
-    def max_s(self) -> float | None:
-        return max(self._latencies, default=None)
 
 
 def make_prompt(seed: int, step_ms: int) -> list[int]:

@@ -62,7 +62,7 @@ def spent_between(before: CpuTimes, after: CpuTimes) -> Spent:
 
 
 class ClusterProcesses:
-    """Descendants of this process, except those in `others`."""
+    """Descendants of this process, except those in `others` and their children."""
 
     def __init__(self, others: frozenset[int]) -> None:
         self._others = others
@@ -117,7 +117,7 @@ class ClusterProcesses:
     def _found(self) -> Iterator[tuple[psutil.Process, str]]:
         for process in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):
-                if process.pid not in self._others:
+                if not self._others & {process.pid, process.ppid()}:
                     yield process, kind_of(" ".join(process.cmdline()))
 
 

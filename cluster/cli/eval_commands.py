@@ -55,7 +55,7 @@ def perplexity(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="Plot bits against loss to this file.")
+        Path | None, typer.Option(metavar="FILE.png", help="Plot bits against KL to this file.")
     ] = None,
 ) -> None:
     """Measure perplexity and the divergence from exact KV on windows of text."""
