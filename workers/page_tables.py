@@ -54,7 +54,7 @@ class PageTables:
             # A page that a pending token fills has no digest yet, so it is sealed for itself.
             if seq.is_findable and page < seq.num_tokens // self._geometry.page_size:
                 digest = seq.digests(page + 1)[page]
-                found = self._cache.find_sealed(digest)
+                found = self._cache.sealed.find(digest)
                 if found is None:
                     found = draft.being_sealed(seq, digest)
             rank = seq.deal.rank_of(page)
@@ -126,10 +126,10 @@ class PageTables:
         digests = seq.digests(num_known)
         for page in range(seq.num_named, num_known):
             if page in seq.hot:  # not if it was outdated before its last token was known
-                self._cache.name_hot(digests[page], seq.hot[page])
+                self._cache.hot.name(seq.hot[page], digests[page])
             self._note_block(digests, page)
         for page in range(seq.num_sealed_named, num_sealed):
-            self._cache.name_sealed(digests[page], seq.sealed[page])
+            self._cache.sealed.name(seq.sealed[page], digests[page])
             self._note_block(digests, page)
         seq.num_named = max(seq.num_named, num_known)
         seq.num_sealed_named = max(seq.num_sealed_named, num_sealed)

@@ -137,11 +137,11 @@ class Pins:
         for digest in digests:
             owned.sealed[digest] += 1
             if owned.sealed[digest] == 1:
-                self._cache.pin_sealed(digest)
+                self._cache.sealed.pin(digest)
         for digest in exact:
             owned.hot[digest] += 1
             if owned.hot[digest] == 1:
-                self._cache.pin_hot(digest)
+                self._cache.hot.pin(digest)
 
     def _end(self, owner: str, name: str) -> None:
         owned = self._owners[owner]
@@ -152,12 +152,12 @@ class Pins:
             owned.sealed[digest] -= 1
             if not owned.sealed[digest]:
                 del owned.sealed[digest]
-                self._cache.unpin_sealed(digest)
+                self._cache.sealed.unpin(digest)
         for digest in reversed(pin.exact):
             owned.hot[digest] -= 1
             if not owned.hot[digest]:
                 del owned.hot[digest]
-                self._cache.unpin_hot(digest)
+                self._cache.hot.unpin(digest)
         if not owned.pins:
             del self._owners[owner]
 

@@ -8,6 +8,7 @@ form, in its hot form (needed only where windows are read exactly), or both.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -47,12 +48,6 @@ class PageDigests:
         return self._digests
 
 
-@dataclass(slots=True)
-class _Forms:
-    hot: int | None = None
-    sealed: int | None = None
-
-
 @dataclass(frozen=True, slots=True)
 class PrefixHit:
     """Pages to share: the first `num_pages` logical pages, in the forms that will be read."""
@@ -63,85 +58,41 @@ class PrefixHit:
 
 
 class PrefixCache:
-    """An index from digests to pages; owns both arenas of a pool."""
+    """Both arenas of a pool, whose pages are named by their digests.
+
+    hot: keeps pages only where windows are read exactly; no sequence could use them elsewhere
+    """
 
     def __init__(self, geometry: PageGeometry, hot_total: int, sealed_total: int, enabled: bool):
         self._geometry = geometry
         self.enabled = enabled
-        # Without exact windows no sequence can use a cached hot page.
-        self._keep_hot = enabled and geometry.sink_pages + geometry.recent_pages > 0
-        self._forms: dict[Digest, _Forms] = {}
         self._blocks: set[Digest] = set()
         self._changes: dict[Digest, bool] = {}
-        self.hot = DealtArena(hot_total, geometry.kvp, self._forget_hot)
-        self.sealed = DealtArena(sealed_total, geometry.kvp, self._forget_sealed)
+        exact = geometry.sink_pages + geometry.recent_pages > 0
+        kvp, forget = geometry.kvp, self._forget
+        self.hot = DealtArena(hot_total, kvp, forget, keeps=enabled and exact)
+        self.sealed = DealtArena(sealed_total, kvp, forget, keeps=enabled)
 
-    def _forget_hot(self, digest: Digest) -> None:
-        forms = self._forms[digest]
-        forms.hot = None
-        if forms.sealed is None:
-            self._forget(digest)
-
-    def _forget_sealed(self, digest: Digest) -> None:
-        forms = self._forms[digest]
-        forms.sealed = None
-        if forms.hot is None:
-            self._forget(digest)
-
-    def _forget(self, digest: Digest) -> None:
-        del self._forms[digest]
-        if digest in self._blocks:
-            self._blocks.remove(digest)
-            self._changes[digest] = False
-
-    def name_hot(self, digest: Digest, page: int) -> None:
-        """Make a full hot page findable, unless its contents already are."""
-        if self._keep_hot and self._forms.setdefault(digest, _Forms()).hot is None:
-            self._forms[digest].hot = page
-            self.hot.name(page, digest)
-
-    def name_sealed(self, digest: Digest, page: int) -> None:
-        """Make a sealed page findable, unless its contents already are."""
-        if self.enabled and self._forms.setdefault(digest, _Forms()).sealed is None:
-            self._forms[digest].sealed = page
-            self.sealed.name(page, digest)
+    def __contains__(self, digest: Digest) -> bool:
+        """Whether the page can be found in any form."""
+        return self.sealed.find(digest) is not None or self.hot.find(digest) is not None
 
     def note_block(self, digest: Digest) -> None:
         """The page ends a block of its prompt: report it to the router while it is cached."""
-        if digest in self._forms and digest not in self._blocks:
+        if digest in self and digest not in self._blocks:
             self._blocks.add(digest)
             self._changes[digest] = True
 
-    def withdraw(self, digests: Seq[Digest]) -> None:
+    def withdraw(self, digests: Iterable[Digest]) -> None:
         """Let no other sequence find these pages; those that hold them keep them."""
         for digest in digests:
-            forms = self._forms.get(digest, _Forms())
-            for arena, page in ((self.hot, forms.hot), (self.sealed, forms.sealed)):
-                if page is not None:
-                    arena.unname(page)
-
-    def pin_hot(self, digest: Digest) -> None:
-        """Evict the exact form of a page last, once it is there."""
-        self.hot.pin(digest, self._forms.get(digest, _Forms()).hot)
-
-    def unpin_hot(self, digest: Digest) -> None:
-        self.hot.unpin(digest, self._forms.get(digest, _Forms()).hot)
-
-    def pin_sealed(self, digest: Digest) -> None:
-        """Evict the sealed form of a page last, once it is there."""
-        self.sealed.pin(digest, self._forms.get(digest, _Forms()).sealed)
-
-    def unpin_sealed(self, digest: Digest) -> None:
-        self.sealed.unpin(digest, self._forms.get(digest, _Forms()).sealed)
+            self.hot.unname(digest)
+            self.sealed.unname(digest)
 
     def take_changes(self) -> dict[Digest, bool]:
         """Block ends -> whether they are cached, for those that changed since the last call."""
         changes, self._changes = self._changes, {}
         return changes
-
-    def find_sealed(self, digest: Digest) -> int | None:
-        forms = self._forms.get(digest)
-        return forms.sealed if forms else None
 
     def match(self, digests: Seq[Digest]) -> PrefixHit:
         """The longest usable prefix of n pages: the query page after it reads pages [0, sink) and
@@ -150,30 +101,25 @@ class PrefixCache:
         best = 0
         hot_run = 0  # consecutive hot pages that end here
         sealed_run = sink  # pages [sink, sealed_run) exist in sealed form
+        hot: list[int | None] = []
+        sealed: list[int | None] = []
         for page, digest in enumerate(digests):
-            forms = self._forms.get(digest)
-            if forms is None:
-                break
-            is_hot = forms.hot is not None
+            hot.append(self.hot.find(digest))
+            sealed.append(self.sealed.find(digest))
+            is_hot = hot[page] is not None
             hot_run = hot_run + 1 if is_hot else 0
             if page < sink and not is_hot:
                 break
-            if page == sealed_run and forms.sealed is not None:
+            if page == sealed_run and sealed[page] is not None:
                 sealed_run += 1
             length = page + 1
             if length - recent <= sealed_run and hot_run >= min(recent, max(0, length - sink)):
                 best = length
             elif sealed_run + recent < length:
                 break
-        forms_of = [self._forms[digest] for digest in digests[:best]]
-        exact = {p for p in range(best) if p < sink or p >= best - recent}
-        hot = {p: forms_of[p].hot for p in sorted(exact)}
-        sealed = {p: forms_of[p].sealed for p in range(best) if p not in exact}
-        return PrefixHit(
-            best,
-            {p: page for p, page in hot.items() if page is not None},
-            {p: page for p, page in sealed.items() if page is not None},
-        )
+        first_recent = max(sink, best - recent)
+        exact = [*range(min(sink, best)), *range(first_recent, best)]
+        return PrefixHit(best, _present(hot, exact), _present(sealed, range(sink, first_recent)))
 
     def share(self, hit: PrefixHit) -> None:
         for page in hit.hot.values():
@@ -203,11 +149,17 @@ class PrefixCache:
         self.sealed.release(page, 1.0 + 0.5 * num_tokens / ATTENTION_TOKENS)
 
     def check(self) -> None:
-        """Audit: the index has exactly the named pages of both arenas."""
+        """Audit: the named pages of both arenas are found, and only blocks of these reported."""
         self.hot.check()
         self.sealed.check()
-        hot = {digest: x.hot for digest, x in self._forms.items() if x.hot is not None}
-        sealed = {digest: x.sealed for digest, x in self._forms.items() if x.sealed is not None}
-        assert hot == self.hot.named and sealed == self.sealed.named, "a page cannot be found"
-        assert self._forms.keys() == hot.keys() | sealed.keys(), "an entry has no page"
-        assert self._blocks <= self._forms.keys(), "a block is reported, but not cached"
+        assert all(block in self for block in self._blocks), "a block is reported, but not cached"
+
+    def _forget(self, digest: Digest) -> None:
+        if digest in self._blocks and digest not in self:
+            self._blocks.remove(digest)
+            self._changes[digest] = False
+
+
+def _present(pages: Seq[int | None], wanted: Iterable[int]) -> dict[int, int]:
+    found = {page: pages[page] for page in wanted}
+    return {page: page_id for page, page_id in found.items() if page_id is not None}

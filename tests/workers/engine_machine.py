@@ -505,7 +505,7 @@ class EngineMachine:
                 len(arena._cached),
                 len(arena._free),
             )
-        pinned = {digest for digest in cache.sealed.pinned if digest in cache._forms}
+        pinned = {digest for digest in cache.sealed.pinned if digest in cache}
         self.seen.add("pins that hold cached pages", bool(pinned))
         held = scheduler.pins.pages
         assert held.sealed == loads.pinned_pages
@@ -522,7 +522,8 @@ class EngineMachine:
         """The blocks that were reported are those that are cached."""
         for block, held in self.scheduler.cache.take_changes().items():
             (self.blocks.add if held else self.blocks.discard)(block)
-        found = self.scheduler.cache._forms.keys()
+        cache = self.scheduler.cache
+        found = cache.hot.named.keys() | cache.sealed.named.keys()
         assert self.blocks <= found
         for seq in self.scheduler.running:
             full_pages = seq.num_computed // PAGE

@@ -40,13 +40,10 @@ def digest(number: int) -> bytes:
 def hold(cache: PrefixCache, number: int, forms: str = "hs") -> dict[str, int]:
     """A used page of each form (h, s) that can be found; returns the pages."""
     pages = {}
-    for form, arena, name in (
-        ("h", cache.hot, cache.name_hot),
-        ("s", cache.sealed, cache.name_sealed),
-    ):
+    for form, arena in (("h", cache.hot), ("s", cache.sealed)):
         if form in forms:
             pages[form] = arena.take(0)
-            name(digest(number), pages[form])
+            arena.name(pages[form], digest(number))
     return pages
 
 
@@ -96,7 +93,7 @@ def test_the_first_page_with_given_contents_is_the_one_that_is_found() -> None:
     first, second = hold(cache, 1), hold(cache, 1)
     hit = cache.match([digest(1)])
     assert hit.hot == {0: first["h"]}
-    assert cache.find_sealed(digest(1)) == first["s"]
+    assert cache.sealed.find(digest(1)) == first["s"]
     cache.check()
     release(cache, second)
     assert (cache.hot.cached, cache.sealed.cached) == (0, 0), "duplicates are not kept"
@@ -110,12 +107,12 @@ def test_a_form_stays_when_the_other_is_evicted(evicted: str, kept: str) -> None
     release(cache, hold(cache, 1))
     {"h": cache.hot, "s": cache.sealed}[evicted].take(0)
     cache.check()
-    assert (cache.find_sealed(digest(1)) is None) == (evicted == "s")
+    assert (cache.sealed.find(digest(1)) is None) == (evicted == "s")
     assert cache.match([digest(1)]).num_pages == (kept == "h"), "the sink is read hot"
     {"h": cache.hot, "s": cache.sealed}[kept].take(0)
     {"h": cache.hot, "s": cache.sealed}[kept].take(0)
     cache.check()
-    assert not cache._forms
+    assert not cache.hot.named and not cache.sealed.named
 
 
 def test_hot_pages_are_kept_only_where_a_window_needs_them() -> None:
@@ -130,7 +127,7 @@ def test_a_cache_that_is_off_finds_nothing() -> None:
     pages = hold(cache, 1)
     cache.note_block(digest(1))
     assert cache.match([digest(1)]).num_pages == 0
-    assert cache.find_sealed(digest(1)) is None
+    assert cache.sealed.find(digest(1)) is None
     assert cache.take_changes() == {}
     release(cache, pages)
     assert (cache.hot.cached, cache.sealed.cached) == (0, 0)
@@ -147,8 +144,8 @@ def test_withdrawn_pages_are_not_found_but_stay_with_their_holders() -> None:
     cache.check()
     for number in (1, 2):
         assert cache.match([digest(number)]).num_pages == 0
-        assert cache.find_sealed(digest(number)) is None
-    assert cache.find_sealed(digest(3)) == other["s"]
+        assert cache.sealed.find(digest(number)) is None
+    assert cache.sealed.find(digest(3)) == other["s"]
     assert cache.take_changes() == {digest(1): False, digest(2): False}
     assert (cache.hot.used, cache.hot.cached, cache.sealed.used, cache.sealed.cached) == (
         2,
@@ -186,13 +183,10 @@ def test_a_block_is_reported_when_it_is_cached_and_when_its_last_form_is_gone() 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda cache: cache._forms.pop(digest(1)), "cannot be found"),
-        (lambda cache: setattr(cache._forms[digest(1)], "hot", None), "cannot be found"),
-        (lambda cache: setattr(cache._forms[digest(1)], "sealed", 7), "cannot be found"),
-        (
-            lambda cache: cache._forms.update({digest(2): type(cache._forms[digest(1)])()}),
-            "no page",
-        ),
+        (lambda cache: cache.hot._pages.pop(digest(1)), "cannot be found"),
+        (lambda cache: cache.sealed._pages.pop(digest(1)), "cannot be found"),
+        (lambda cache: cache.sealed._pages.update({digest(1): 7}), "cannot be found"),
+        (lambda cache: cache.sealed._pages.update({digest(2): 0}), "cannot be found"),
         (lambda cache: cache._blocks.add(digest(2)), "not cached"),
         (lambda cache: cache.hot.parts[0]._free.pop(), "lost"),
         (lambda cache: cache.sealed.parts[0]._free.pop(), "lost"),

@@ -11,7 +11,7 @@ from kvmesh.workers.prefix_cache import Digest, PrefixCache, PrefixHit
 def watch(cache: PrefixCache, happened: Callable[[str], None]) -> None:
     """Check what the cache does from now on, and report it to `happened`."""
     named: set[Digest] = set()
-    match, name_sealed = cache.match, cache.name_sealed
+    match, name_sealed = cache.match, cache.sealed.name
 
     def matching(digests: Sequence[Digest]) -> PrefixHit:
         hit = match(digests)
@@ -23,19 +23,19 @@ def watch(cache: PrefixCache, happened: Callable[[str], None]) -> None:
             happened("prefix hits")
             if hit.num_pages == len(digests):
                 happened("hits of a whole prompt")
-            if any(x in named and x not in cache._forms for x in digests[hit.num_pages :]):
+            if any(x in named and x not in cache for x in digests[hit.num_pages :]):
                 happened("partly evicted prefixes")
         return hit
 
-    def naming(digest: Digest, page: int) -> None:
-        named.add(digest)
-        name_sealed(digest, page)
+    def naming(page: int, key: Digest) -> None:
+        named.add(key)
+        name_sealed(page, key)
 
     def counting(forget: Callable[[Digest], None]) -> Callable[[Digest], None]:
         def evict(digest: Digest) -> None:
             forget(digest)
             happened("evictions")
-            if digest in cache._forms:
+            if digest in cache:
                 happened("one form evicted, the other kept")
 
         return evict
@@ -55,7 +55,7 @@ def watch(cache: PrefixCache, happened: Callable[[str], None]) -> None:
         return evicting
 
     cache.match = matching  # type: ignore[method-assign]
-    cache.name_sealed = naming  # type: ignore[method-assign]
+    cache.sealed.name = naming  # type: ignore[method-assign]
     for arena in (*cache.hot.parts, *cache.sealed.parts):
         arena._on_evict = counting(arena._on_evict)
         arena._evict = sparing(arena)  # type: ignore[method-assign]
@@ -67,10 +67,9 @@ def longest_hit(cache: PrefixCache, digests: Sequence[Digest]) -> PrefixHit:
     for length in range(len(digests), 0, -1):
         hot, sealed = dict[int, int | None](), dict[int, int | None]()
         for page, digest in enumerate(digests[:length]):
-            forms = cache._forms.get(digest)
             exact = page < sink or page >= length - recent
-            found = None if forms is None else forms.hot if exact else forms.sealed
-            (hot if exact else sealed)[page] = found
+            arena, pages = (cache.hot, hot) if exact else (cache.sealed, sealed)
+            pages[page] = arena.named.get(digest)
         if None not in [*hot.values(), *sealed.values()]:
             return PrefixHit(length, _known(hot), _known(sealed))
     return PrefixHit(0, {}, {})
