@@ -17,6 +17,7 @@ _KINDS = (
     ("router", re.compile(r"ServeReplica:\w+:router\b")),
     ("leader", re.compile(r"ServeReplica:\w+:engine-\d+\b")),
     ("haproxy", re.compile(r"(^|/)haproxy\b")),
+    ("rank", re.compile(r"ray::RankActor\b")),
 )
 KINDS = (*(name for name, _ in _KINDS), "rest")
 
@@ -66,7 +67,8 @@ class ClusterProcesses:
 
     def __init__(self, others: frozenset[int]) -> None:
         self._others = others
-        if missing := set(KINDS) - set(self.counts()):
+        # There are no ranks where the leader answers in their place.
+        if missing := set(KINDS) - {"rank"} - set(self.counts()):
             raise RuntimeError(
                 f"no process of the cluster has the title of {' or '.join(sorted(missing))}; "
                 "update the patterns in processes.py"
@@ -86,6 +88,10 @@ class ClusterProcesses:
                     for thread in process.threads():
                         times.by_thread[thread.id] = thread.user_time + thread.system_time
         return times
+
+    def of_kind(self, kind: str) -> list[int]:
+        """Their process ids."""
+        return [process.pid for process, found in self._found() if found == kind]
 
     def memory_bytes(self) -> dict[str, dict[str, int]]:
         """RSS and PSS by kind; RSS counts shared pages once for each process."""

@@ -89,6 +89,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+@pytest.mark.slow
 def test_a_local_model_is_measured(model: str) -> None:
     arguments = ("--model", model, "--batch", "1,300", "--tokens", "512")
     found = memory(*arguments, "--kv-format", "exact,nuq3")

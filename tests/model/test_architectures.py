@@ -14,6 +14,8 @@ from tests.model.attend import generate_greedily, prompt_logits
 from tests.model.cases import CASES, PROMPTS
 from tests.model.small import first_choices, make_small_model, transformers_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_and_greedy_output_equal_transformers(case: str, tmp_path: Path) -> None:

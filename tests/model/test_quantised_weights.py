@@ -33,6 +33,7 @@ def logits_of(path: Path) -> torch.Tensor:
     return logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_logits_are_those_of_the_weights_that_are_meant(name: str, tmp_path: Path) -> None:
     path = make_small_model("LlamaForCausalLM", tmp_path / "model")

@@ -19,6 +19,7 @@ from tests.model.cases import CASES, LLAMA3
 from tests.model.small import change_config, make_small_model, transformers_model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_keys_of_a_token_are_equal_at_all_positions_once_rope_is_undone(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -117,6 +118,7 @@ def test_the_longest_sequence_decides_between_the_factors_of_longrope(tmp_path: 
     assert (long[0] - theirs.model.rotary_emb(x, short)[0]).abs().amax() > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "same_as"),
     [

@@ -171,6 +171,7 @@ _GGUF_CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", _GGUF_CASES)
 def test_a_gguf_of_another_architecture_computes_the_same(case: str, tmp_path: Path) -> None:
     architecture, overrides = _GGUF_CASES[case]

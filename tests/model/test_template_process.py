@@ -66,6 +66,7 @@ def test_what_a_template_does_wrong_is_reported_and_others_are_served(
     assert served(process)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "source",
     [

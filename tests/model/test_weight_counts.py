@@ -49,6 +49,7 @@ def numbers_of(model: ServedModel) -> int:
     return sum(stored.values()) // 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_every_rank_has_as_many_numbers_as_counted(case: str, tmp_path: Path) -> None:
     architecture, overrides = CASES[case]

@@ -20,6 +20,7 @@ from tests.model.small import make_small_model
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "weight_format"),
     [("llama", "int8"), ("qwen2", "int4"), ("gemma2", "int8"), ("stablelm", "int8")],

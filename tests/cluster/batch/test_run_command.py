@@ -28,6 +28,7 @@ def run_here(files: Files, *more: str) -> Result:
     return run(*named, "--model", str(model_path()), *SETTINGS, *more)
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_an_llm(tmp_path: Path) -> None:
     files = Files(tmp_path)
     body = {"max_tokens": 6, **GREEDY}

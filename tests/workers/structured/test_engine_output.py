@@ -43,6 +43,7 @@ def matching(pattern: str) -> OutputConstraint:
     return constraint(grammar.regex(pattern))
 
 
+@pytest.mark.slow
 @SEEN.required
 @scenarios(3)
 @given(SEEDS)
@@ -101,6 +102,7 @@ def test_dealt_pages_change_neither_what_is_allowed_nor_what_stays() -> None:
     assert again.usage is not None and again.usage.cached_tokens == 96
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "params",
     [
@@ -143,6 +145,7 @@ def test_logprobs_are_the_models_own() -> None:
     assert bound.logprobs[0].logprob < bound.logprobs[0].top[1][1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("received", range(0, 30, 3))
 def test_a_resumed_sequence_continues_as_if_nothing_had_happened(received: int) -> None:
     bound = constraint(
