@@ -72,7 +72,7 @@ def perplexity(
                 loaded, formats, source, context=context, windows=windows, meter=meter
             )
         if draw is not None:
-            draw(report, plot)
+            draw([report], plot)
         if as_json:
             print_json(report)
         else:

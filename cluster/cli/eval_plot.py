@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -29,14 +30,29 @@ _POSITIONS = (
 )
 
 
-def plot_perplexity(report: PerplexityReport, path: Path) -> None:
-    """One point per format except exact: bits per element at the measured context, and KL.
+def plot_perplexity(reports: Sequence[PerplexityReport], path: Path) -> None:
+    """A panel per report, with a point per format except exact: bits per element at the measured
+    context, and KL.
 
     Perplexity is not shown: on some models a format that loses information has a lower one.
     """
-    rows = sorted(report.formats[1:], key=lambda row: (row.bits, _nats(row)))
-    figure = Figure(figsize=(8.4, 5.2), layout="constrained")
-    axes = figure.subplots()
+    single = len(reports) == 1
+    size = (8.4, 5.2) if single else (5.6 * len(reports), 5.6)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(ncols=len(reports), sharey=True, squeeze=False)[0]
+    rows_of = [sorted(x.formats[1:], key=lambda row: (row.bits, _nats(row))) for x in reports]
+    for axes, report, rows in zip(panels, reports, rows_of, strict=True):
+        _panel(axes, report, rows)
+    highest = max((_nats(row) for rows in rows_of for row in rows), default=0.1)
+    panels[0].set_ylim(FLOOR_NATS / 1.6, max(highest * 2, 0.1))
+    panels[0].set_ylabel("KL divergence from exact KV, nats", color=_INK, fontsize=10.5)
+    figure.draw_without_rendering()  # computes the positions of the points
+    for axes, rows in zip(panels, rows_of, strict=True):
+        _label(axes, rows)
+    figure.savefig(path, dpi=160 if single else 110)
+
+
+def _panel(axes: Axes, report: PerplexityReport, rows: list[FormatPerplexity]) -> None:
     _frame(axes, report, rows)
     front = _front(rows)
     axes.plot(
@@ -61,9 +77,6 @@ def plot_perplexity(report: PerplexityReport, path: Path) -> None:
             markeredgewidth=1.6,
             zorder=3,
         )
-    figure.draw_without_rendering()  # computes the positions of the points
-    _label(axes, rows)
-    figure.savefig(path, dpi=160)
 
 
 def _nats(row: FormatPerplexity) -> float:
@@ -81,8 +94,6 @@ def _front(rows: list[FormatPerplexity]) -> list[FormatPerplexity]:
 
 def _frame(axes: Axes, report: PerplexityReport, rows: list[FormatPerplexity]) -> None:
     axes.set_yscale("log")
-    highest = max([_nats(row) for row in rows], default=0.1)
-    axes.set_ylim(FLOOR_NATS / 1.6, max(highest * 2, 0.1))
     widest = max([row.bits for row in rows], default=8.0)
     narrowest = min([row.bits for row in rows], default=2.0)
     margin = max(0.4, (widest - narrowest) * 0.08)
@@ -99,19 +110,15 @@ def _frame(axes: Axes, report: PerplexityReport, rows: list[FormatPerplexity]) -
     axes.tick_params(which="both", colors=_MUTED, labelsize=9.5)
     axes.tick_params(which="minor", length=0)
     axes.set_xlabel(
-        f"bits per key or value element at {report.context} tokens", color=_INK, fontsize=10.5
+        f"bits per key or value element at {report.context:,} tokens", color=_INK, fontsize=10.5
     )
-    axes.set_ylabel("KL divergence from exact KV, nats", color=_INK, fontsize=10.5)
-    axes.set_title(
-        f"{report.model}: divergence of KV formats", loc="left", color=_INK, fontsize=13, pad=24,
-        fontweight="bold",
-    )  # fmt: skip
+    axes.set_title(report.model, loc="left", color=_INK, fontsize=13, pad=36, fontweight="bold")
     floor = "; ▽ at most 0.00001" if any(_nats(row) == FLOOR_NATS for row in rows) else ""
     axes.text(
         0,
         1.025,
-        f"{report.predictions:,} predictions in {report.windows} windows of {report.context} "
-        f"tokens, {precision_of(report)}; exact windows count as 16 bits{floor}",
+        f"{report.predictions:,} predictions in {report.windows} windows of {report.context:,} "
+        f"tokens\n{precision_of(report)}; exact windows count as 16 bits{floor}",
         transform=axes.transAxes,
         color=_MUTED,
         fontsize=9,

@@ -169,5 +169,6 @@ def test_any_losses_can_be_plotted(losses: list[float], tmp_path: Path) -> None:
         for i, loss in enumerate([0.0, *losses])
     ]
     report = PerplexityReport("m", "r", "float32", "exact", 64, 2048, 1, 2047, rows)
-    plot_perplexity(report, tmp_path / "a.png")
-    assert (tmp_path / "a.png").read_bytes().startswith(PNG)
+    for reports in ([report], [report, report, report]):
+        plot_perplexity(reports, tmp_path / "a.png")
+        assert (tmp_path / "a.png").read_bytes().startswith(PNG)
