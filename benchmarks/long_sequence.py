@@ -82,7 +82,7 @@ def small_model(tokens: int, window: int | None) -> Iterator[Path]:
 class Seen:
     """What a client saw of one stream.
 
-    progress: the counts of computed tokens that it was told
+    progress: the counts of computed tokens that were reported to it
     """
 
     token_ids: tuple[int, ...]

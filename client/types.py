@@ -361,6 +361,7 @@ class GroupFacts:
     max_num_batched_tokens, device: 0 and "" from a server that does not say them
     operators: that were chosen when the group started, such as "far keys: torch, sums: NCCL"
     layout_reason: why it has this tp and kvp; "" if they were given
+    kv_format_warning: that its KV format hurts the model, and what to use instead; "" otherwise
     """
 
     group: str
@@ -381,6 +382,7 @@ class GroupFacts:
     device: str = ""
     operators: str = ""
     layout_reason: str = ""
+    kv_format_warning: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -192,7 +192,6 @@ class AccountLink:
         self._meters.report(
             account.info,
             account.loads,
-            divergence_nats=leader.divergence_nats,
             step_age_s=leader.step_age_s,
             connected=self._connection is not None,
         )

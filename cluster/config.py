@@ -142,8 +142,8 @@ class IngressSection(Settings):
     kv_divergence_nats: dict[FormatName, Annotated[Number, Field(ge=0)]] = Field(
         default_factory=dict,
         description="By KV format: its divergence from exact KV on your model (`kvmesh eval "
-        "perplexity`, KL), for max_kv_divergence_nats; formats that are not named have the "
-        "figures of docs/kv_formats.md",
+        "perplexity`, KL), for max_kv_divergence_nats; formats that are not named have what "
+        "engine.kv_probe measures, and without it the figures of docs/kv_formats.md",
     )
 
 

@@ -8,7 +8,6 @@ from collections.abc import Awaitable, Callable
 from kvmesh.cluster.config import ClusterConfig
 from kvmesh.cluster.identity import Identity
 from kvmesh.cluster.ingress.codec import ModelCodec
-from kvmesh.cluster.ingress.quality import DIVERGENCE_NATS
 from kvmesh.cluster.ingress.service import IngressService
 from kvmesh.cluster.ingress.validate import Limits
 from kvmesh.cluster.link import Address
@@ -48,7 +47,7 @@ def make_ingress(
         model_names=frozenset({config.model, name}),
         queue_timeout_s=config.router.queue_timeout_s,
         defaults=config.generation.defaults(path),
-        divergence_nats={**DIVERGENCE_NATS, **config.ingress.kv_divergence_nats},
+        divergence_nats=config.ingress.kv_divergence_nats,
         layout_reason=config.layout.reason or "",
         traces=make_traces(
             config.traces.endpoint, config.traces.sample_ratio, name, package_version()

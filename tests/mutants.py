@@ -73,6 +73,7 @@ TARGETS = {
     "deadlines": _workers("deadlines", "deadlines"),
     "sequence": _workers("sequence", *ENGINE),
     "prefix_cache": _workers("prefix_cache", *ENGINE),
+    "dealt_arena": _workers("dealt_arena", *ENGINE),
     "arena": _workers("arena", *ENGINE),
     "sizes": _workers("sizes", *ENGINE),
     "sampler": _workers("sampler", "sampler_reference", "sampler"),

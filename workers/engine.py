@@ -34,6 +34,7 @@ from kvmesh.workers.request import (
 )
 from kvmesh.workers.request_check import unknown_token
 from kvmesh.workers.scheduler import Scheduler
+from kvmesh.workers.scoring.gate import FormatCheck
 from kvmesh.workers.sequence import Sequence
 from kvmesh.workers.sequence_usage import usage_of
 from kvmesh.workers.sizes import PageGeometry, PageNeed
@@ -60,6 +61,7 @@ class Engine:
         config: EngineConfig,
         executor: Executor,
         clock: Callable[[], float] = time.monotonic,
+        check: FormatCheck = FormatCheck(),  # noqa: B008 - frozen
     ) -> None:
         self._clock = clock
         ranks = executor.describe()
@@ -74,7 +76,7 @@ class Engine:
             max_num_batched_tokens=limits.max_num_batched_tokens,
             max_hot_share=config.hot_share(rank.device),
         )
-        self.info = _info(config, rank, self.geometry, pool, limits)
+        self.info = _info(config, rank, self.geometry, pool, limits, check)
         executor.allocate(
             Allocation(
                 hot_pages=pool.hot_total,
@@ -333,6 +335,7 @@ def _info(
     geometry: PageGeometry,
     pool: PoolPlan,
     limits: DeviceLimits,
+    check: FormatCheck,
 ) -> EngineInfo:
     """What does not change any more. Raises ConfigError(max_model_len)."""
     return EngineInfo(
@@ -354,6 +357,8 @@ def _info(
         rope=rank.rope,
         operators=rank.operators,
         max_pinned_pages=_max_pinned_pages(config, geometry, pool),
+        kv_divergence_nats=check.divergence_nats,
+        kv_format_warning=check.warning,
     )
 
 

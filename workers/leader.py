@@ -60,7 +60,6 @@ class EngineLeader:
     """Runs an Engine; all public methods belong to one event loop.
 
     on_change: called when the account has changed or there is a new report
-    divergence_nats: of the KV format, as the probe measured it; None without one
     `failed` is set when the engine cannot continue: every live sequence has then ended as
     `Blame` says, and the group must be replaced.
     """
@@ -79,7 +78,6 @@ class EngineLeader:
         self._idle.set()
         self._draining = False
         self.failed: Exception | None = None
-        self.divergence_nats: float | None = None
 
     # Life
 
@@ -187,10 +185,10 @@ class EngineLeader:
     def _make_engine(self) -> Engine:
         """In the engine's thread, when all ranks are ready."""
         rank = self._executor.describe()[0]
-        self.divergence_nats = check_format(
+        check = check_format(
             self._config, rank.head_dim, self._executor.divergences, rank.values_in_keys
         )
-        return Engine(self._config, self._executor)
+        return Engine(self._config, self._executor, check=check)
 
     # What the engine's thread posts
 

@@ -25,6 +25,7 @@ class EngineInfo:
     device: of the ranks, cpu or cuda
     operators: see RankDescription
     max_pinned_pages: of a prompt, that pins of one key can hold; 0 if nothing can be pinned
+    kv_divergence_nats, kv_format_warning: see FormatCheck
     """
 
     epoch: str
@@ -44,6 +45,8 @@ class EngineInfo:
     rope: str = "default"
     operators: str = ""
     max_pinned_pages: int = 0
+    kv_divergence_nats: float | None = None
+    kv_format_warning: str = ""
 
     @property
     def capacity_bytes(self) -> int:

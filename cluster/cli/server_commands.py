@@ -72,6 +72,9 @@ def _announce(endpoint: Endpoint, config: ClusterConfig, groups: Sequence[GroupF
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         notes.print(f"  [dim]{name:{width}}[/dim]  {escape(value)}", soft_wrap=True)
+    for group in groups:
+        if group.kv_format_warning:
+            err.print(f"  [yellow]{group.group}: {escape(group.kv_format_warning)}[/yellow]")
     if config.auth.mode == "none":
         err.print(
             "  [yellow]anyone who can reach this port may send requests (auth: none)[/yellow]"

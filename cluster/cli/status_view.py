@@ -116,6 +116,8 @@ def _group(group: GroupLoads, fact: GroupFacts | None, account: GroupLedger | No
         table.add_row("at most", f"{device}{fact.max_num_seqs} sequences{step}")
         if fact.operators:
             table.add_row("operators", fact.operators)
+        if fact.kv_format_warning:
+            table.add_row("warning", f"[yellow]{escape(fact.kv_format_warning)}[/yellow]")
     table.add_row(
         "sequences",
         f"{group.running} running, {group.waiting} waiting, {group.preemptions_total} preempted",

@@ -34,6 +34,7 @@ def groups(status: ClusterStatus, layout_reason: str) -> admin.ListGroupsRespons
             device=info.device,
             operators=info.operators,
             layout_reason=layout_reason,
+            kv_format_warning=info.kv_format_warning,
         )
     return wire
 

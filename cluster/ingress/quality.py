@@ -10,10 +10,11 @@ from kvmesh.cluster.reports import ClusterStatus
 from kvmesh.kernels.formats.registry import get_format
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import InvalidFieldError
+from kvmesh.workers.loads import EngineInfo
 
 # Mean KL(exact ‖ format) of the next token in nats, on held-out text with SmolLM2-135M
 # (docs/kv_formats.md, benchmarks/results/kv_formats.json; nuq: the calibrated table there).
-# Other models have other figures: `ingress.kv_divergence_nats` overrides these.
+# Other models have other figures, see `divergence_of`.
 DIVERGENCE_NATS: Mapping[str, float] = {
     "exact": 0.0,
     "int8": 0.00007,
@@ -39,13 +40,25 @@ DIVERGENCE_NATS: Mapping[str, float] = {
 }
 
 
+def divergence_of(info: EngineInfo, configured: Mapping[str, float]) -> float | None:
+    """Of a group's KV format, in nats: as configured, else as measured when the group started,
+    else as in the table; None if it was not measured."""
+    name = get_format(info.kv_format).name
+    if name in configured:
+        return configured[name]
+    if info.kv_divergence_nats is not None:
+        return info.kv_divergence_nats
+    return DIVERGENCE_NATS.get(name)
+
+
 def refused_groups(
     request: pb.GenerateRequest | pb.EstimateBudgetRequest,
     status: ClusterStatus,
-    divergence_nats: Mapping[str, float],
+    configured: Mapping[str, float],
 ) -> frozenset[str]:
     """Groups whose KV format the request does not accept.
 
+    configured: divergences of formats, see `divergence_of`
     Raises InvalidFieldError for a name or a bound that makes no sense, NoAllowedFormatError if no
     group is left.
     """
@@ -60,7 +73,7 @@ def refused_groups(
     reasons = {
         group: reason
         for group, report in sorted(status.reports.items())
-        if (reason := _why_not(report.info.kv_format, allowed, bound, divergence_nats))
+        if (reason := _why_not(report.info, allowed, bound, configured))
     }
     if reasons and len(reasons) == len(status.reports):
         raise NoAllowedFormatError(reasons)
@@ -76,17 +89,17 @@ def _formats(names: Sequence[str]) -> Iterator[str]:
 
 
 def _why_not(
-    kv_format: str,
+    info: EngineInfo,
     allowed: frozenset[str],
     bound: float | None,
-    divergence_nats: Mapping[str, float],
+    configured: Mapping[str, float],
 ) -> str:
-    """Why a request does not accept the format; empty if it does."""
-    name = get_format(kv_format).name
+    """Why a request does not accept a group's format; empty if it does."""
+    name = get_format(info.kv_format).name
     if allowed and name not in allowed:
         return f"its format {name} is not among those allowed"
     if bound is not None:
-        measured = divergence_nats.get(name)
+        measured = divergence_of(info, configured)
         if measured is None:
             return f"the divergence of its format {name} was not measured"
         if measured > bound:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
+from types import MappingProxyType
 
 from kvmesh.cluster.errors import DrainingError
 from kvmesh.cluster.identity import Identity
@@ -22,7 +23,6 @@ from kvmesh.cluster.ingress.generation import Generation, IngressContext
 from kvmesh.cluster.ingress.model_checks import check_reply
 from kvmesh.cluster.ingress.prepare import Preparation
 from kvmesh.cluster.ingress.prompts import Prompts
-from kvmesh.cluster.ingress.quality import DIVERGENCE_NATS
 from kvmesh.cluster.ingress.questions import Questions
 from kvmesh.cluster.ingress.refuse import refuse
 from kvmesh.cluster.ingress.router_link import RouterLink
@@ -42,7 +42,7 @@ class IngressService:
     find_router: where the router listens; raises LinkError while it is not known
     model_names: other names for the model that requests may use
     defaults: of sampling parameters that a request does not set
-    divergence_nats: measured divergence of KV formats
+    divergence_nats: of KV formats on the model, as the operator has measured it
     layout_reason: why the groups have their layout, "" if it was given
     questions: the calls that generate nothing
     """
@@ -59,7 +59,7 @@ class IngressService:
         model_names: frozenset[str] = frozenset(),
         queue_timeout_s: float = 120.0,
         defaults: DefaultSampling = NEUTRAL,
-        divergence_nats: Mapping[str, float] = DIVERGENCE_NATS,
+        divergence_nats: Mapping[str, float] = MappingProxyType({}),
         layout_reason: str = "",
         traces: Traces = OFF,
     ) -> None:

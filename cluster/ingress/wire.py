@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from kvmesh.cluster.ingress.choice import ChoiceFinish, ChoiceOutput
 from kvmesh.cluster.ingress.codec import TextCodec
+from kvmesh.cluster.ingress.quality import divergence_of
 from kvmesh.cluster.messages import Placed
 from kvmesh.cluster.reports import ClusterStatus
 from kvmesh.cluster.routing.outcome import TenantStatus
@@ -172,7 +173,7 @@ def model_info(
             dtype=info.dtype,
             capacity_bytes=info.capacity_bytes,
             max_model_len=info.max_model_len,
-            kv_divergence_nats=divergence_nats.get(info.kv_format),
+            kv_divergence_nats=divergence_of(info, divergence_nats),
             rope=info.rope,
         )
     return wire

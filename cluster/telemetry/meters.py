@@ -90,12 +90,11 @@ class EngineMeters:
         info: EngineInfo,
         loads: EngineLoads,
         *,
-        divergence_nats: float | None = None,
         step_age_s: float = 0.0,
         connected: bool = True,
     ) -> None:
         """What an engine has done so far, and its state. connected: to the router"""
-        self._about(info, divergence_nats)
+        self._about(info)
         self._totals(loads)
         self._pools(info, loads)
         record = self._meters.record
@@ -115,7 +114,7 @@ class EngineMeters:
             if step.token_gap_s is not None:
                 self._meters.record(table.INTER_TOKEN, step.token_gap_s)
 
-    def _about(self, info: EngineInfo, divergence_nats: float | None) -> None:
+    def _about(self, info: EngineInfo) -> None:
         self._meters.record(
             table.GROUP_INFO,
             1,
@@ -125,8 +124,8 @@ class EngineMeters:
             tp=str(info.tp),
             kvp=str(info.geometry.kvp),
         )
-        if divergence_nats is not None:
-            self._meters.record(table.DIVERGENCE, divergence_nats)
+        if info.kv_divergence_nats is not None:
+            self._meters.record(table.DIVERGENCE, info.kv_divergence_nats)
 
     def _totals(self, loads: EngineLoads) -> None:
         total = self._meters.total

@@ -40,7 +40,6 @@ class FakeLeader:
     def __init__(self) -> None:
         self.account = EngineAccount(make_engine()[0])
         self.failed: Exception | None = None
-        self.divergence_nats = None
         self.step_age_s = 0.0
         self.obeyed: list[object] = []
 

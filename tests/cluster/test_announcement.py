@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from kvmesh.client import GroupFacts, Loads
@@ -63,3 +65,15 @@ def test_status_shows_what_auto_became(capsys: pytest.CaptureFixture[str]) -> No
     show_cluster([GROUP], mirror(Loads, reply))
     shown = " ".join(capsys.readouterr().out.split())
     assert "at most on cuda in bfloat16: 256 sequences, 8,192 tokens a step" in shown
+
+
+def test_a_format_that_hurts_the_model_is_shown_at_the_start_and_by_status(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    warning = "int4 hurts this model: 1.341 nats from exact KV [mean KL]; use k3v2"
+    group = replace(GROUP, kv_format="int4", kv_format_warning=warning)
+    _announce(ENDPOINT, build({}), [group])
+    assert warning in " ".join(capsys.readouterr().err.split())
+    reply = admin.GetLoadsResponse(groups=[admin.GroupLoads(group="engine-0", kv_format="int4")])
+    show_cluster([group], mirror(Loads, reply))
+    assert warning in " ".join(capsys.readouterr().out.split())

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kvmesh.cluster.errors import NoAllowedFormatError
-from kvmesh.cluster.ingress.quality import DIVERGENCE_NATS, refused_groups
+from kvmesh.cluster.ingress.quality import DIVERGENCE_NATS, divergence_of, refused_groups
 from kvmesh.cluster.reports import ClusterStatus, EngineReport
 from kvmesh.cluster.routing.outcome import RouterStatus
 from kvmesh.kernels.formats.registry import format_names
@@ -35,8 +36,8 @@ def cluster(*formats: str) -> ClusterStatus:
     return ClusterStatus(ROUTER, reports, frozenset(formats))
 
 
-def refused(status: ClusterStatus, table: Mapping[str, float], **fields: Any) -> set[str]:
-    return set(refused_groups(pb.GenerateRequest(**fields), status, table))
+def refused(status: ClusterStatus, configured: Mapping[str, float], **fields: Any) -> set[str]:
+    return set(refused_groups(pb.GenerateRequest(**fields), status, configured))
 
 
 @pytest.mark.parametrize(
@@ -53,22 +54,32 @@ def refused(status: ClusterStatus, table: Mapping[str, float], **fields: Any) ->
 )
 def test_groups_are_refused_by_format(fields: Mapping[str, Any], left: set[str]) -> None:
     status = cluster("exact", "int8", "k4v4", "int4", "k2v2")
-    assert status.reports.keys() - refused(status, DIVERGENCE_NATS, **fields) == left
+    assert status.reports.keys() - refused(status, {}, **fields) == left
 
 
 def test_configured_divergences_override_the_table() -> None:
     status = cluster("exact", "k4v4")
-    table = {**DIVERGENCE_NATS, "k4v4": 0.5}
-    assert refused(status, table, max_kv_divergence_nats=0.1) == {"k4v4"}
+    assert refused(status, {"k4v4": 0.5}, max_kv_divergence_nats=0.1) == {"k4v4"}
+
+
+def test_what_a_group_measured_on_its_model_comes_before_other_models() -> None:
+    status = cluster("k4v4", "int4")
+    report = status.reports["int4"]
+    info = replace(report.info, kv_divergence_nats=1.34)
+    measured = replace(status, reports={**status.reports, "int4": replace(report, info=info)})
+    assert not refused(status, {}, max_kv_divergence_nats=0.05)
+    assert refused(measured, {}, max_kv_divergence_nats=0.05) == {"int4"}
+    assert divergence_of(info, {}) == 1.34
+    assert divergence_of(info, {"int4": 0.3, "k4v4": 0.1}) == 0.3, "the operator knows best"
+    assert divergence_of(replace(info, kv_format="4"), {"int4": 0.3}) == 0.3, "LMDeploy's name"
 
 
 def test_a_format_without_a_divergence_has_to_be_named() -> None:
     assert "int8-static" not in DIVERGENCE_NATS
     status = cluster("exact", "int8-static")
-    assert refused(status, DIVERGENCE_NATS, max_kv_divergence_nats=9) == {"int8-static"}
-    assert refused(status, DIVERGENCE_NATS, allowed_kv_formats=["int8-static"]) == {"exact"}
-    measured = {**DIVERGENCE_NATS, "int8-static": 0.001}
-    assert not refused(status, measured, max_kv_divergence_nats=0.01)
+    assert refused(status, {}, max_kv_divergence_nats=9) == {"int8-static"}
+    assert refused(status, {}, allowed_kv_formats=["int8-static"]) == {"exact"}
+    assert not refused(status, {"int8-static": 0.001}, max_kv_divergence_nats=0.01)
 
 
 @pytest.mark.parametrize(
@@ -82,13 +93,13 @@ def test_a_format_without_a_divergence_has_to_be_named() -> None:
 )
 def test_wrong_names_and_bounds_are_refused(fields: Mapping[str, Any], field: str) -> None:
     with pytest.raises(InvalidFieldError) as caught:
-        refused(cluster("int8"), DIVERGENCE_NATS, **fields)
+        refused(cluster("int8"), {}, **fields)
     assert caught.value.field == field
 
 
 def test_a_request_that_no_group_may_serve_says_why() -> None:
     with pytest.raises(NoAllowedFormatError) as caught:
-        refused(cluster("int4", "int8"), DIVERGENCE_NATS, max_kv_divergence_nats=1e-6)
+        refused(cluster("int4", "int8"), {}, max_kv_divergence_nats=1e-6)
     assert caught.value.reasons == {
         "int4": "its format int4 diverges by 0.0182 nats",
         "int8": "its format int8 diverges by 7e-05 nats",

@@ -26,7 +26,7 @@ from kvmesh.workers.model.embedded import EMBEDDED_NAME
 from kvmesh.workers.model.source import resolve_model
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.rank import Rank
-from kvmesh.workers.scoring.gate import LIMIT_NATS, alternatives, check_format
+from kvmesh.workers.scoring.gate import LIMIT_NATS, FormatCheck, alternatives, check_format
 from kvmesh.workers.scoring.meter import Meter
 from kvmesh.workers.scoring.probe import measure_divergences
 from kvmesh.workers.scoring.scorer import Scorer
@@ -288,6 +288,7 @@ class Figures:
     def __init__(self, kl_nats: dict[str, float]) -> None:
         self.kl_nats = kl_nats
         self.asked: list[list[str]] = []
+        self.check = FormatCheck()
 
     def __call__(self, names: list[str]) -> list[float]:
         self.asked.append(names)
@@ -298,19 +299,21 @@ def checked(kv_format: str, kv_probe: str, kl_nats: dict[str, float]) -> Figures
     others = {fmt.name: 1.0 for fmt in alternatives(get_format(kv_format), 64, 64)}
     figures = Figures({**others, "exact": 0.0, **kl_nats})
     config = EngineConfig(model="m", kv_format=kv_format).replace(kv_probe=kv_probe)
-    check_format(config, 64, figures)
+    figures.check = check_format(config, 64, figures)
     return figures
 
 
 def test_the_probe_can_be_off_and_exact_needs_none() -> None:
     assert checked("int4", "off", {}).asked == []
-    assert checked("exact", "refuse", {}).asked == []
+    exact = checked("exact", "refuse", {})
+    assert (exact.asked, exact.check) == ([], FormatCheck())
 
 
 def test_only_the_chosen_format_is_measured_if_it_is_harmless(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    assert checked("4", "refuse", {"int4": LIMIT_NATS}).asked == [["int4"]]
+    figures = checked("4", "refuse", {"int4": LIMIT_NATS})
+    assert (figures.asked, figures.check) == ([["int4"]], FormatCheck(LIMIT_NATS))
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
 
 
@@ -324,10 +327,11 @@ def test_only_the_chosen_format_is_measured_if_it_is_harmless(
 def test_a_harmful_format_causes_a_warning_or_is_refused(
     kl_nats: dict[str, float], advised: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    checked("int4", "warn", kl_nats)
+    check = checked("int4", "warn", kl_nats).check
     (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
     expected = f"{kl_nats['int4']:.3f} nats"
     assert advised in record.getMessage() and expected in record.getMessage()
+    assert check.warning in record.getMessage() and advised in check.warning
     with pytest.raises(ConfigError, match=advised) as caught:
         checked("int4", "refuse", kl_nats)
     assert caught.value.field == "kv_format"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.kernels.formats.registry import format_names, format_of_model, get_format
@@ -21,21 +22,32 @@ _MEASURED_AT_ONCE = 3
 Measure = Callable[[list[str]], list[float]]
 
 
+@dataclass(frozen=True, slots=True)
+class FormatCheck:
+    """What the probe has found out about the format that is served.
+
+    divergence_nats: None if it was not measured
+    warning: that the format hurts the model, and what to use instead; empty if it does not
+    """
+
+    divergence_nats: float | None = None
+    warning: str = ""
+
+
 def check_format(
     config: EngineConfig, head_dim: int, measure: Measure, values_in_keys: int = 0
-) -> float | None:
+) -> FormatCheck:
     """Apply `config.kv_probe`: if the format hurts, warn or raise ConfigError(kv_format).
 
     head_dim, values_in_keys: of the model, see `ModelFacts`
-    Returns the format's divergence in nats, None if it was not measured.
     """
     chosen = get_format(config.kv_format)
     if config.kv_probe == "off" or chosen.name == "exact":
-        return None
+        return FormatCheck()
     (kl_nats,) = measure([chosen.name])
     if kl_nats <= LIMIT_NATS:
         logger.info("KV format %s: mean KL %.4f nats from exact", chosen.name, kl_nats)
-        return kl_nats
+        return FormatCheck(kl_nats)
     logger.info("KV format %s: mean KL %.3f nats; looking for one that fits", chosen.name, kl_nats)
     others = alternatives(chosen, config.page_size, head_dim, values_in_keys)
     advice = _advice(others, config, head_dim, measure)
@@ -46,7 +58,7 @@ def check_format(
     if config.kv_probe == "refuse":
         raise ConfigError("kv_format", f"{verdict} (kv_probe: refuse)")
     logger.warning("KV format %s", verdict)
-    return kl_nats
+    return FormatCheck(kl_nats, verdict)
 
 
 def alternatives(

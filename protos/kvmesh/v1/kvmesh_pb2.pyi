@@ -2118,8 +2118,9 @@ class GroupInfo(_message.Message):
     max_model_len: _builtins.int
     """The longest sequence that the group can hold."""
     kv_divergence_nats: _builtins.float
-    """Mean divergence of the next token's distribution from exact KV, in nats, as
-    measured for the format; unset if it was not.
+    """Mean divergence of the next token's distribution from exact KV, in nats: as the operator
+    configured it for the format, else as measured on a short text when the group started, else
+    as measured on other models; unset if it was not.
     """
     rope: _builtins.str
     """How positions are scaled: "default", "yarn, factor 4", and so on; with "instead of" the

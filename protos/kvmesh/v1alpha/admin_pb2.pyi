@@ -80,6 +80,7 @@ class GroupFacts(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     OPERATORS_FIELD_NUMBER: _builtins.int
     LAYOUT_REASON_FIELD_NUMBER: _builtins.int
+    KV_FORMAT_WARNING_FIELD_NUMBER: _builtins.int
     group: _builtins.str
     kv_format: _builtins.str
     dtype: _builtins.str
@@ -106,6 +107,10 @@ class GroupFacts(_message.Message):
     """
     layout_reason: _builtins.str
     """Why it has this layout; empty if the layout was given."""
+    kv_format_warning: _builtins.str
+    """That the KV format hurts the model, as measured when the group started, and what to use
+    instead; empty if it does not, or was not measured.
+    """
     def __init__(
         self,
         *,
@@ -127,10 +132,11 @@ class GroupFacts(_message.Message):
         device: _builtins.str = ...,
         operators: _builtins.str = ...,
         layout_reason: _builtins.str = ...,
+        kv_format_warning: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "device", b"device", "dtype", b"dtype", "group", b"group", "hot_page_bytes", b"hot_page_bytes", "hot_pages", b"hot_pages", "kv_format", b"kv_format", "kvp", b"kvp", "layout_reason", b"layout_reason", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "operators", b"operators", "page_size", b"page_size", "recent_pages", b"recent_pages", "sealed_page_bytes", b"sealed_page_bytes", "sealed_pages", b"sealed_pages", "sink_pages", b"sink_pages", "tp", b"tp"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "device", b"device", "dtype", b"dtype", "group", b"group", "hot_page_bytes", b"hot_page_bytes", "hot_pages", b"hot_pages", "kv_format", b"kv_format", "kv_format_warning", b"kv_format_warning", "kvp", b"kvp", "layout_reason", b"layout_reason", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "operators", b"operators", "page_size", b"page_size", "recent_pages", b"recent_pages", "sealed_page_bytes", b"sealed_page_bytes", "sealed_pages", b"sealed_pages", "sink_pages", b"sink_pages", "tp", b"tp"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
