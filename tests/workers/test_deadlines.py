@@ -12,6 +12,7 @@ def test_deadlines_are_due_in_their_order_each_once() -> None:
     assert (deadlines.left_s(0.5), deadlines.take_due(0.5)) == (0.5, [])
     assert deadlines.take_due(3.0) == ["a", "b", "c"]
     assert (deadlines.left_s(3.0), deadlines.take_due(3.0)) == (6.0, [])
+    assert deadlines._due_s == {"late": 9.0}, "nothing is kept of those that were due"
 
 
 def test_removed_deadlines_are_never_due_and_not_waited_for() -> None:

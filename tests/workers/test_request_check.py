@@ -12,24 +12,47 @@ from tests.workers.test_engine import make_engine, request, run, tokens_of
 
 
 @pytest.mark.parametrize(
-    ("change", "field"),
+    ("change", "field", "message"),
     [
-        ({"prompt": []}, "prompt"),
-        ({"prompt": [VOCAB]}, "prompt.token_ids"),
-        ({"prompt": [-1]}, "prompt.token_ids"),
-        ({"prompt": [1] * 800}, "prompt"),
-        ({"params": SamplingParams(stop_token_ids=(VOCAB,))}, "stop_token_ids"),
-        ({"params": SamplingParams(logit_bias={-1: 1.0})}, "logit_bias"),
-        ({"resumed_tokens": 3}, "resumed_tokens"),
+        ({"prompt": []}, "prompt", "at least one token"),
+        ({"prompt": [5, VOCAB]}, "prompt.token_ids", f"{VOCAB} is not a valid"),
+        ({"prompt": [-1]}, "prompt.token_ids", "-1 is not a valid"),
+        ({"prompt": [1] * 800}, "prompt", "less than 800 tokens"),
+        (
+            {"params": SamplingParams(stop_token_ids=(0, VOCAB))},
+            "stop_token_ids",
+            f"{VOCAB} is not a valid",
+        ),
+        ({"params": SamplingParams(logit_bias={-1: 1.0})}, "logit_bias", "-1 is not a valid"),
+        ({"resumed_tokens": 3}, "resumed_tokens", "from 0 to 2,"),
+        ({"prompt": [1], "resumed_tokens": 1}, "resumed_tokens", "from 0 to 0,"),
+        ({"scored_tokens": 3}, "scored_tokens", "from 0 to 2,"),
+        ({"scored_tokens": -1}, "scored_tokens", "from 0 to 2,"),
+        ({"resumed_tokens": 1, "scored_tokens": 2}, "scored_tokens", "from 0 to 1,"),
+        ({"timeout_s": 0.0}, "timeout_s", "0"),
+        ({"timeout_s": float("nan")}, "timeout_s", "nan"),
     ],
 )
-def test_impossible_requests_are_refused_by_field(change: dict[str, object], field: str) -> None:
+def test_impossible_requests_are_refused_by_field(
+    change: dict[str, object], field: str, message: str
+) -> None:
     engine, _ = make_engine()
     kwargs: dict[str, object] = {"prompt": [1, 2, 3], **change}
     with pytest.raises(InvalidFieldError) as caught:
         bad = request("bad", kwargs.pop("prompt"), **kwargs)  # type: ignore[arg-type]
         check_request(bad, engine.info)
     assert caught.value.field == field
+    assert message in caught.value.message
+
+
+def test_the_least_and_the_largest_values_are_accepted() -> None:
+    engine, _ = make_engine()
+    ends = (0, VOCAB - 1)
+    params = SamplingParams(stop_token_ids=ends, logit_bias=dict.fromkeys(ends, 1.0))
+    check_request(
+        request("r", [*ends, 0], params=params, resumed_tokens=1, scored_tokens=1, timeout_s=1e-3),
+        engine.info,
+    )
 
 
 @pytest.mark.parametrize(
