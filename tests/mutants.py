@@ -103,7 +103,9 @@ TARGETS = {
     "attempt": _ingress("attempt", "one_generation", "generation", "leases"),
     "client_flows": _client("flows", "streams", "retries"),
     "client_failures": _client("failures", "errors", "retries"),
-    "stream_state": _client("stream_state", "streams", "cursor", "answers", "iteration"),
+    "stream_state": _client(
+        "stream_state", "stream_state", "streams", "cursor", "answers", "iteration"
+    ),
 }
 
 
