@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from kvmesh.cluster.config import ClusterConfig, build
 from kvmesh.cluster.config_text import changed
-from kvmesh.kernels.formats.registry import get_format
+from kvmesh.kernels.formats.registry import format_of_name
 from kvmesh.workers.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -175,7 +175,8 @@ def _best(
     """
     from kvmesh.cluster.planner.plan import plans_of, recommend
 
-    fmt, wanted = get_format(config.engine.kv_format), config.layout.sequences
+    fmt = format_of_name(config.engine.kv_format, model.sizes.values_in_keys, "cuda")
+    wanted = config.layout.sequences
     counts = [wanted] if wanted else [1 << n for n in range(found[0].total.bit_length())][::-1]
     for count in counts:
         target = replace(target, concurrency=count)

@@ -6,7 +6,7 @@ from typing import Final
 
 from kvmesh.cluster.config import ClusterConfig, EngineSection
 from kvmesh.cluster.resources import engines_by_setting
-from kvmesh.kernels.formats.registry import get_format
+from kvmesh.kernels.formats.registry import format_of_name
 from kvmesh.workers.config import DEFAULT_CPU_KV_MEMORY_BYTES
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.model.facts import ModelFacts
@@ -53,7 +53,7 @@ def _geometry(
         dtype = "bfloat16" if cuda else "float32"
     try:
         return geometry_of(
-            get_format(engine.kv_format),
+            format_of_name(engine.kv_format, facts.values_in_keys, "cuda" if cuda else "cpu"),
             KVShape.of(facts),
             page_size=engine.page_size,
             itemsize=_ITEMSIZES[dtype],

@@ -19,7 +19,12 @@ from pydantic import (
     model_validator,
 )
 
-from kvmesh.kernels.formats.registry import format_names, get_format, similar_format
+from kvmesh.kernels.formats.registry import (
+    DEFAULT,
+    format_names,
+    get_format,
+    similar_format,
+)
 from kvmesh.workers.device_limits import DeviceLimits, device_limits
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.pool_plan import AUTO_MAX_HOT_SHARE, DEFAULT_MAX_HOT_SHARE
@@ -90,7 +95,9 @@ class EngineSettings(Settings):
     """One group's engine."""
 
     kv_format: FormatName = Field(
-        default="int8", description=f"How sealed KV pages are encoded: {', '.join(format_names())}"
+        default=DEFAULT,
+        description=f"How sealed KV pages are encoded: {', '.join(format_names())}; default: "
+        "k8v4 on GPUs; int8 on CPUs, and for models with latent attention",
     )
     calibration: str | None = Field(
         default=None,

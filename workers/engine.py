@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable
 
+from kvmesh.kernels.formats.registry import get_format
 from kvmesh.workers.blame import Blame
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.constrained_outputs import ConstrainedOutputs
@@ -342,7 +343,7 @@ def _info(
         epoch=uuid.uuid4().hex,
         model=rank.model,
         model_revision=rank.model_revision,
-        kv_format=config.kv_format,
+        kv_format=rank.kv_format or get_format(config.kv_format).name,
         dtype=rank.dtype,
         tp=config.tp,
         geometry=geometry,

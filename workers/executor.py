@@ -26,6 +26,7 @@ class RankDescription(msgspec.Struct, tag="description", frozen=True):
     memory_bytes: all that the GPU has, 0 on CPUs
     kvp: the ranks to which pages are dealt
     gpu_uuid: as NVML writes it, "" on CPUs
+    kv_format: its name, which the configuration may leave to be chosen for the model
     values_in_keys: how many channels of a key are its value, see ModelFacts
     rope: how positions are scaled, see ModelFacts
     operators: that were chosen when it was loaded, such as "far keys: torch, sums: NCCL"
@@ -51,6 +52,7 @@ class RankDescription(msgspec.Struct, tag="description", frozen=True):
     state_bytes: int = 0
     rope: str = "default"
     kvp: int = 1
+    kv_format: str = ""
     values_in_keys: int = 0
     operators: str = ""
 

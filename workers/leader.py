@@ -185,9 +185,8 @@ class EngineLeader:
     def _make_engine(self) -> Engine:
         """In the engine's thread, when all ranks are ready."""
         rank = self._executor.describe()[0]
-        check = check_format(
-            self._config, rank.head_dim, self._executor.divergences, rank.values_in_keys
-        )
+        config = self._config.replace(kv_format=rank.kv_format or self._config.kv_format)
+        check = check_format(config, rank.head_dim, self._executor.divergences, rank.values_in_keys)
         return Engine(self._config, self._executor, check=check)
 
     # What the engine's thread posts

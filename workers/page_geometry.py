@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvmesh.kernels.formats.base import KVFormat
-from kvmesh.kernels.formats.registry import format_of_model, get_format
+from kvmesh.kernels.formats.registry import format_of_model, format_of_name
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.model.facts import ModelFacts, read_json
 from kvmesh.workers.model.sizes import ModelSizes
@@ -40,15 +40,15 @@ class KVShape:
         )
 
 
-def format_for(kv_format: str, model: Path) -> KVFormat:
-    """The format of that name for the model in directory `model`.
+def format_for(kv_format: str, model: Path, device: str) -> KVFormat:
+    """The format of that name for the model in directory `model`, on a device: cuda or cpu.
 
     Raises ConfigError naming `kv_format` if it cannot store that model's pages.
     """
     file = model / "config.json"
     sizes = ModelSizes.of(standard_keys(read_json(file), file), file)
     try:
-        return format_of_model(get_format(kv_format), sizes.values_in_keys)
+        return format_of_name(kv_format, sizes.values_in_keys, device)
     except ValueError as error:
         raise ConfigError("kv_format", str(error)) from None
 

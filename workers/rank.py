@@ -72,7 +72,7 @@ class Rank:
         self._files: ModelFiles = (
             shared._files if shared else resolve_model(config.model, rope=config.rope)
         )
-        self._fmt = format_for(config.kv_format, self._files.path)
+        self._fmt = format_for(config.kv_format, self._files.path, self._device.type)
         if self._device.type == "cuda" and config.cuda_graphs is True and not self._fmt.has_kernels:
             raise ConfigError(
                 "cuda_graphs",
@@ -132,6 +132,7 @@ class Rank:
             memory_bytes=self._memory_bytes,
             rope=facts.rope,
             kvp=self._comm.kvp,
+            kv_format=self._fmt.name,
             values_in_keys=facts.values_in_keys,
             operators=self._operators(),
         )

@@ -56,7 +56,7 @@ class LLM:
 
     model: a Hugging Face directory, a GGUF file, a hub name, or the embedded model's name; the
         default is that of `config`, or the embedded model
-    kv_format: how the KV cache is stored, see `kvmesh formats`; the default is int8, as in `serve`
+    kv_format: how the KV cache is stored, see `kvmesh formats`; the default is that of `serve`
     quant_policy: the same, as LMDeploy has it: 0 (exact), 4, 8, or 42
     tp: shares of the heads; kvp, one of `settings`: ranks among which a sequence's pages are dealt.
         One rank runs in this process, several in child processes

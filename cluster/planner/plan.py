@@ -27,8 +27,9 @@ from kvmesh.workers.page_geometry import geometry_of
 from kvmesh.workers.pool_plan import PoolPlan, plan_pool
 from kvmesh.workers.sizes import PageGeometry
 
-# Recommended without being asked for: the most accurate first, as docs/kv_formats.md measured.
-BY_ACCURACY = ("int8", "k8v4", "k4v4", "k4v2", "k3v2", "k2v2")
+# Recommended without being asked for: the most accurate first, each on the model on which it is
+# worst (docs/kv_formats.md).
+BY_ACCURACY = ("k8v4", "k4v4", "int8", "k4v2", "k3v2", "k2v2")
 DEFAULTS = EngineSettings()
 
 

@@ -19,6 +19,12 @@ from kvmesh.kernels.formats.comparison.turboquant.side import LloydMax
 from kvmesh.kernels.formats.exact.side import Exact
 from kvmesh.kernels.formats.fp8.side import Fp8
 
+DEFAULT = "default"
+# What `default` means on a device: the first of these that can store a model's pages. On GPUs that
+# of few bits which costs the model on which it is worst the least (docs/kv_formats.md); on CPUs
+# the fastest one, as there memory is cheap.
+DEFAULTS = {"cuda": ("k8v4", "int8"), "cpu": ("int8",)}
+
 
 def _channels(width: int) -> Side:
     """Keys on a grid per channel and page, fitted by least squares."""
@@ -64,7 +70,7 @@ _SERVED: tuple[KVFormat, ...] = (
             aliases=aliases,
         )
         for name, k_width, v_width, recent_pages, aliases in (
-            ("k8v4", 8, 4, 1, ()),
+            ("k8v4", 8, 4, 1, (DEFAULT,)),
             ("k4v4", 4, 4, 2, ()),
             ("k4v2", 4, 2, 2, ("42",)),  # replaces LMDeploy's policy 42
             ("k3v2", 3, 2, 4, ()),
@@ -181,6 +187,18 @@ def format_of_model(fmt: KVFormat, values_in_keys: int) -> KVFormat:
             f"of its keys (latent attention); use one of {usable}"
         )
     return replace(fmt, v=InKeys(channels=values_in_keys, values=True))
+
+
+def format_of_name(name: str | int, values_in_keys: int, device: str) -> KVFormat:
+    """The format that a name means for a model, see `format_of_model`. device: cuda or cpu
+
+    Raises ValueError for a name that is not known, or a format that cannot store the pages.
+    """
+    if str(name).strip().lower() != DEFAULT:
+        return format_of_model(get_format(name), values_in_keys)
+    formats = [get_format(each) for each in DEFAULTS[device]]
+    possible = [fmt for fmt in formats if fmt.treats_sides_alike or not values_in_keys]
+    return format_of_model(possible[0], values_in_keys)
 
 
 def get_format(name: str | int) -> KVFormat:

@@ -16,7 +16,7 @@ from kvmesh.client.types import (
 from kvmesh.protos import pb
 
 
-def begun(request_id: str = "sent") -> StreamState:
+def started(request_id: str = "sent") -> StreamState:
     state = StreamState(pb.GenerateRequest(request_id=request_id))
     state.feed(pb.GenerateStreamResponse(started=pb.Started(request_id="of the server", seed=5)))
     return state
@@ -69,11 +69,11 @@ def test_every_event_is_returned_as_what_it_says() -> None:
 
 
 def test_an_event_of_a_newer_server_is_skipped() -> None:
-    assert begun().feed(pb.GenerateStreamResponse()) is None
+    assert started().feed(pb.GenerateStreamResponse()) is None
 
 
 def test_a_completion_comes_with_the_end_and_has_the_servers_id() -> None:
-    state = begun()
+    state = started()
     feed(state, delta=pb.Delta(text="a", token_ids=[1]))
     with pytest.raises(ClosedError, match="has not ended yet") as early:
         state.completion()
@@ -90,7 +90,7 @@ def test_a_completion_comes_with_the_end_and_has_the_servers_id() -> None:
 
 
 def test_a_stream_that_violates_the_contract_is_named() -> None:
-    state = begun()
+    state = started()
     with pytest.raises(ProtocolError, match="delta starts at token 3") as caught:
         feed(state, delta=pb.Delta(token_ids=[1], token_offset=3))
     assert caught.value.request_id == "sent"

@@ -277,7 +277,7 @@ def test_a_group_overrides_the_engine() -> None:
     )
     engines = config.group_engines()
     assert list(engines) == ["engine-0", "engine-1", "engine-2"]
-    assert [x.kv_format for x in engines.values()] == ["int8", "k4v4", "int8"]
+    assert [x.kv_format for x in engines.values()] == ["int8", "k4v4", "default"]
     assert [x.max_num_seqs for x in engines.values()] == [4, 8, 4]
     assert {x.cpus_per_rank for x in engines.values()} == {0.5}
     assert config.engine_config("engine-1").kv_format == "k4v4"

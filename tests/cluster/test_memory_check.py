@@ -46,7 +46,7 @@ def refused(facts: ModelFacts, engine: dict[str, Any], **values: Any) -> ConfigE
 
 
 def test_memory_that_holds_no_sequence(facts: ModelFacts) -> None:
-    error = refused(facts, {"kv_memory_bytes": "1KiB"})
+    error = refused(facts, {"kv_format": "int8", "kv_memory_bytes": "1KiB"})
     assert error.field == "engine.kv_memory_bytes"
     # 2 exact pages of 64 tokens in fp32, and an int8 one with 8.5 bits per element.
     hot = 8 * 4 * 2 * 64 * 64 * 4
@@ -57,7 +57,8 @@ def test_memory_that_holds_no_sequence(facts: ModelFacts) -> None:
 def test_memory_is_checked_as_the_device_computes(facts: ModelFacts) -> None:
     """Exact pages of a GPU are half as large."""
     hot = 8 * 4 * 2 * 64 * 64 * 2
-    config = build({"engine": {"kv_memory_bytes": 2 * hot + hot * 85 // 160}})
+    memory = 2 * hot + hot * 85 // 160
+    config = build({"engine": {"kv_format": "int8", "kv_memory_bytes": memory}})
     check_memory(config, facts, has_gpus=True)
     with pytest.raises(ConfigError):
         check_memory(config, facts, has_gpus=False)

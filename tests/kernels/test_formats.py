@@ -19,7 +19,7 @@ from kvmesh.kernels.formats.comparison.grouped.side import Grouped
 from kvmesh.kernels.formats.comparison.turboquant.side import LloydMax
 from kvmesh.kernels.formats.exact.side import Exact
 from kvmesh.kernels.formats.packing import pack, packed_bytes, unpack
-from kvmesh.kernels.formats.registry import format_names, get_format
+from kvmesh.kernels.formats.registry import format_names, format_of_name, get_format
 from kvmesh.kernels.formats.rotation import rotate, rotation_matrix
 from kvmesh.kernels.formats.scales import load_scale, store_scale
 from tests.exercised import Exercised
@@ -381,3 +381,21 @@ def test_bad_arguments_are_named() -> None:
         fmt.decode(torch.zeros(10, dtype=torch.uint8), 16, 64, torch.float32)
     with pytest.raises(ValueError, match="head_dim"):
         fmt.page_bytes(16, 63)
+
+
+@pytest.mark.parametrize(
+    ("name", "values_in_keys", "device", "meant"),
+    [
+        ("default", 0, "cuda", "k8v4"),
+        ("Default", 0, "cuda", "k8v4"),
+        ("default", 512, "cuda", "int8"),
+        ("default", 0, "cpu", "int8"),
+        ("default", 512, "cpu", "int8"),
+        ("42", 0, "cuda", "k4v2"),
+    ],
+)
+def test_a_name_means_a_format_of_the_model_on_the_device(
+    name: str, values_in_keys: int, device: str, meant: str
+) -> None:
+    fmt = format_of_name(name, values_in_keys, device)
+    assert (fmt.name, fmt.values_in_keys) == (meant, values_in_keys)

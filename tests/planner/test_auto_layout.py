@@ -35,8 +35,8 @@ def shape(config: ClusterConfig) -> tuple[int, int, int]:
     [
         # Fits one GPU: as many groups, which compute as many prompts at once.
         ("llama-3.1-8b", 8, "h100", "128k", (8, 1, 1)),
-        # Eight sequences of a million tokens at once need all the memory there is in one group.
-        ("llama-3-8b-1048k", 8, "h100", "1M", (1, 8, 1)),
+        # Two GPUs hold two sequences of a million tokens, and so on.
+        ("llama-3-8b-1048k", 8, "h100", "1M", (4, 2, 1)),
         ("qwen2.5-7b-1m", 8, "l4", 1010000, (2, 4, 1)),
         ("llama-3.1-70b", 8, "h100", "128k", (2, 4, 1)),
         ("llama-3.1-8b", 1, "l40s", "32k", (1, 1, 1)),

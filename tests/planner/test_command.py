@@ -39,7 +39,7 @@ def test_it_prints_tables_within_80_columns_and_a_command_that_serve_takes() -> 
     assert words[:2] == ["kvmesh", "serve"]
     config = CliRunner().invoke(app, ["config", "--json", *words[2:]])
     engine = json.loads(config.stdout)["settings"]["engine"]
-    assert (engine["kv_format"], engine["page_size"]) == ("int8", 128)
+    assert (engine["kv_format"], engine["page_size"]) == ("k8v4", 128)
     assert engine["max_num_seqs"] == 2400 // 8
 
 
@@ -56,13 +56,14 @@ def test_json_has_every_plan_to_the_byte() -> None:
     plans = found["plans"]
     assert {plan["kv_format"] for plan in plans} == set(format_names(comparison=False))
     best = plans[found["recommended"]]
-    assert best["kv_format"] == "int8" and best["is_served"]
+    assert best["kv_format"] == "k8v4" and best["is_served"]
     assert found["command"].endswith("--tp 8 --groups 1")
     # 16,384 pages, less the hot one: 264 bytes for 128 numbers and their scales in 8 bits, of
     # keys and values of 32 layers and 8 heads.
+    (int8,) = (x for x in plans if x["kv_format"] == "int8" and x["layout"] == best["layout"])
     sealed, hot = 64 * 132, 64 * 256
-    assert best["sequence_bytes"] == 2 * 32 * 8 * (16384 * sealed)
-    assert best["geometry"]["hot_page_bytes"] == 2 * 32 * 1 * hot
+    assert int8["sequence_bytes"] == 2 * 32 * 8 * (16384 * sealed)
+    assert int8["geometry"]["hot_page_bytes"] == 2 * 32 * 1 * hot
     memory = best["memory"]
     parts = ("free_bytes", "context_bytes", "weight_bytes", "activation_bytes", "kv_bytes")
     assert sum(memory[part] for part in parts) == memory["total_bytes"]

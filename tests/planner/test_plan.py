@@ -108,7 +108,7 @@ def test_what_is_served_is_recommended_first() -> None:
     plans = make_plans(model, GPUS["h100"], 8, formats, target)
     best = recommend(plans, target, all_formats=True)
     assert best is not None and best.is_served
-    assert (best.layout, best.kv_format) == (Layout(8, 1), "int8")
+    assert (best.layout, best.kv_format) == (Layout(8, 1), "k4v4"), "int8 is worse on some models"
     # One sequence is computed soonest by all GPUs together.
     alone = Target(40_000)
     best = recommend(make_plans(model, GPUS["h100"], 8, formats, alone), alone, all_formats=True)
