@@ -46,7 +46,17 @@ from kvmesh.kernels.attention.triton_parts import BatchPointers
 from kvmesh.kernels.attention.triton_prefill import prefill_merge_kernel
 from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.kernels.formats.registry import format_of_model, get_format
+from kvmesh.kernels.linear import GroupedWeight, Kind
+from kvmesh.kernels.linear.triton_grouped import (
+    FIXED_TILE,
+    add_parts_kernel,
+    decode_kernel,
+    form_for,
+    grouped_kernel,
+)
+from kvmesh.kernels.linear.triton_grouped import options as grouped_options
 from kvmesh.kernels.linear.triton_linear import OPTIONS, TILE, fixed_linear_kernel
+from kvmesh.kernels.linear.triton_tiles import pointers, weight_form
 from kvmesh.kernels.merge.triton_merge import merge_kernel
 from kvmesh.kernels.moe import GatedUnit
 from kvmesh.kernels.moe.triton_moe import down_kernel, gate_up_kernel, tiles, unit
@@ -134,7 +144,68 @@ def shared_kernels(
     inputs = {"IN": 8 * head_dim, "OUT": 3 * head_dim, "PRECISION": "tf32"}
     fixed = (fixed_linear_kernel, (number, number, number, 8, 16), {**inputs, **TILE}, OPTIONS)
     yield "fixed linear", partial(compile_kernel, *fixed, capability)
+    yield from grouped_kernels(capability, head_dim)
     yield from expert_kernels(capability, head_dim)
+
+
+def random_grouped(
+    kind: Kind, num_outputs: int, num_inputs: int, *, experts: int | None = None
+) -> GroupedWeight:
+    """A weight of zeros on the CPU, coded as checkpoints are that have this kind most often."""
+    leading = () if experts is None else (experts,)
+    code_rows = num_inputs if kind in ("uint8", "e4m3") else -(-num_inputs // 32) * 16
+    group = {"uint4": 128, "uint8": 128, "e4m3": 128, "e2m1": 32}[kind]
+    scales = torch.zeros(
+        (*leading, -(-num_inputs // group), num_outputs),
+        dtype=torch.uint8 if kind == "e2m1" else torch.bfloat16,
+    )
+    return GroupedWeight(
+        kind,
+        torch.zeros((*leading, code_rows, num_outputs), dtype=torch.uint8),
+        scales,
+        scales.to(torch.uint8) if kind == "uint4" else None,
+        group,
+        None,
+        num_inputs,
+    )
+
+
+def grouped_kernels(capability: int, head_dim: int) -> Iterator[tuple[str, Compile]]:
+    """Products with weights in few bits, for few, many and any number of rows, and decoding them."""
+    number = torch.empty(16, dtype=torch.bfloat16 if capability >= 80 else torch.float16)
+    sums = torch.empty(16)
+    kinds: tuple[Kind, ...] = ("uint4", "uint8", "e4m3", "e2m1")
+    for kind in kinds:
+        weight = random_grouped(kind, 3 * head_dim, 8 * head_dim)
+        for rows, form in (
+            ("few rows", form_for(weight, 1)),
+            ("many rows", form_for(weight, 1000)),
+            ("fixed", weight_form(weight, *FIXED_TILE)),
+        ):
+            arguments = (number, pointers(weight), number, number, 8, 16, 4)
+            constants = {"HAS_BIAS": True, "FORM": form}
+            how = grouped_options(form, torch.bfloat16)
+            constants["PRECISION"] = how.pop("PRECISION")
+            yield (
+                f"grouped linear, {kind}, {rows}",
+                partial(compile_kernel, grouped_kernel, arguments, constants, how, capability),
+            )
+        form = weight_form(weight, 16, 64)
+        arguments = (pointers(weight), number, 0, 64)
+        yield (
+            f"decode, {kind}",
+            partial(
+                compile_kernel,
+                decode_kernel,
+                arguments,
+                {"FORM": form},
+                {"num_warps": 4},
+                capability,
+            ),
+        )
+    constants = {"OUTPUTS": 3 * head_dim, "PARTS": 4, "HAS_BIAS": True, "BLOCK": 1024}
+    add = (add_parts_kernel, (sums, number, number, 8), constants, {"num_warps": 4})
+    yield "add parts", partial(compile_kernel, *add, capability)
 
 
 def expert_kernels(capability: int, head_dim: int) -> Iterator[tuple[str, Compile]]:

@@ -1,0 +1,179 @@
+"""Tiles of a `GroupedWeight`, decoded in registers: what its kernels have in common.
+
+A step of a kernel's loop takes BLOCK_K inputs. Codes of 8 bits are one tile of all of them. Those of
+4 bits are two, of which each byte has one number; so nothing is interleaved:
+
+    for first in range(0, FORM.inputs, FORM.block_k):
+        codes = load_codes(weight, first, offs_n, mask_n, FORM)
+        for half in tl.static_range(FORM.halves):
+            offs_k = inputs_of(first, half, FORM)
+            x = ...                                            # [rows, offs_k]
+            w = decode(weight, codes, half, first, offs_k, offs_n, mask_n, x.dtype, FORM)
+            sums = tl.dot(x, w, sums)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from kvmesh.kernels.formats.tiles_triton import KernelConstants
+from kvmesh.kernels.linear.grouped import MIDDLES, GroupedWeight
+
+
+class WeightPointers(NamedTuple):
+    """Of one weight's tensors; those that it does not have get a placeholder."""
+
+    codes: Any
+    scales: Any
+    zeros: Any
+    index: Any
+
+
+@dataclass(frozen=True, eq=False)
+class WeightForm(KernelConstants):
+    """What kernels know about a weight when they are compiled; `weight_form` caches them.
+
+    inputs, outputs: of the weight, or of each expert's
+    groups: that share a scale; group: inputs of one
+    """
+
+    kind: str
+    inputs: int
+    outputs: int
+    groups: int
+    group: int
+    middle: int
+    has_zeros: bool
+    has_index: bool
+    block_m: int
+    block_n: int
+    block_k: int
+
+    @property
+    def halves(self) -> int:
+        """Numbers of a byte."""
+        return 2 if self.kind in ("uint4", "e2m1") else 1
+
+    @property
+    def code_tile(self) -> int:
+        """Rows of codes in a step."""
+        return self.block_k // self.halves
+
+    @property
+    def code_rows(self) -> int:
+        """Of `GroupedWeight.codes`."""
+        return -(-self.inputs // 32) * 16 if self.halves == 2 else self.inputs
+
+
+@cache
+def _form(*fields: Any) -> WeightForm:
+    return WeightForm(*fields)
+
+
+def weight_form(weight: GroupedWeight, block_m: int, block_n: int) -> WeightForm:
+    """With as many inputs a step as keep a group's scales one row, up to 64."""
+    one_group = weight.index is None and weight.scales.shape[-2] == 1
+    block_k = 64
+    if weight.index is None and not one_group and weight.group % 64:
+        block_k = 32
+    return _form(
+        weight.kind,
+        weight.in_features,
+        weight.shape[-2],
+        weight.scales.shape[-2],
+        weight.group,
+        MIDDLES[weight.kind],
+        weight.zeros is not None,
+        weight.index is not None,
+        block_m,
+        block_n,
+        block_k,
+    )
+
+
+def pointers(weight: GroupedWeight) -> WeightPointers:
+    codes = weight.codes
+    return WeightPointers(
+        codes,
+        weight.scales,
+        codes if weight.zeros is None else weight.zeros,
+        codes if weight.index is None else weight.index,
+    )
+
+
+@triton.jit
+def expert_of(weight, expert, FORM: tl.constexpr):
+    """The pointers of one expert's weight."""
+    at = expert.to(tl.int64)
+    scales = at * (FORM.groups * FORM.outputs)
+    return (
+        weight.codes + at * (FORM.code_rows * FORM.outputs),
+        weight.scales + scales,
+        weight.zeros + scales,
+        weight.index + at * FORM.inputs,
+    )
+
+
+@triton.jit
+def load_codes(weight, first, offs_n, mask_n, FORM: tl.constexpr):
+    """[block_k / halves, block_n] uint8, of the inputs from `first` on"""
+    ROWS: tl.constexpr = FORM.code_tile
+    rows = first // FORM.halves + tl.arange(0, ROWS)
+    at = rows.to(tl.int64)[:, None] * FORM.outputs + offs_n[None, :]
+    mask = (rows < FORM.code_rows)[:, None] & mask_n[None, :]
+    return tl.load(weight[0] + at, mask=mask, other=0)
+
+
+@triton.jit
+def inputs_of(first, half, FORM: tl.constexpr):
+    """The inputs of a tile, [block_k / halves]"""
+    ROWS: tl.constexpr = FORM.code_tile
+    rows = tl.arange(0, ROWS)
+    if FORM.halves == 2:
+        rows = rows // 16 * 32 + rows % 16 + 16 * half
+    return first + rows
+
+
+@triton.jit
+def decode(
+    weight, codes, half, first, offs_k, offs_n, mask_n, DTYPE: tl.constexpr, FORM: tl.constexpr
+):
+    """[block_k / halves, block_n] in DTYPE; finite for inputs beyond the last"""
+    if FORM.has_index:
+        mask_k = offs_k < FORM.inputs
+        group = tl.load(weight[3] + offs_k, mask=mask_k, other=0)[:, None]
+        mask = mask_k[:, None] & mask_n[None, :]
+    else:
+        group = first * 0
+        if FORM.groups > 1:
+            group = first // FORM.group
+        mask = mask_n[None, :]
+    at = group * FORM.outputs + offs_n[None, :]
+    scales = tl.load(weight[1] + at, mask=mask, other=0)
+    if FORM.kind == "e2m1":
+        scales = (scales.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+    scales = scales.to(tl.float32)
+    if FORM.halves == 2:
+        codes = codes >> (4 * half) & 15
+    if FORM.kind == "e4m3":
+        # The bits of an fp16 that is 2^8 times too small.
+        bits = (codes & 127).to(tl.int16) << 7 | (codes & 128).to(tl.int16) << 8
+        values = bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    elif FORM.kind == "e2m1":
+        # Likewise, 2^14 times.
+        bits = (codes & 7).to(tl.int16) << 9 | (codes & 8).to(tl.int16) << 12
+        values = bits.to(tl.float16, bitcast=True).to(tl.float32) * 16384.0
+    else:
+        # 2^23 + code, as fp32: an or instead of a conversion, which takes four times as long.
+        values = (codes.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True)
+        if FORM.has_zeros:
+            zeros = tl.load(weight[2] + at, mask=mask, other=0).to(tl.float32)
+            values -= zeros + 8388608.0
+        else:
+            values -= FORM.middle + 8388608.0
+    return (values * scales).to(DTYPE)
