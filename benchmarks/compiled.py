@@ -171,7 +171,7 @@ def random_grouped(
 
 
 def grouped_kernels(capability: int, head_dim: int) -> Iterator[tuple[str, Compile]]:
-    """Products with weights in few bits, for few, many and any number of rows, and decoding them."""
+    """Products with weights in few bits, for few, many and any rows, and decoding them."""
     number = torch.empty(16, dtype=torch.bfloat16 if capability >= 80 else torch.float16)
     sums = torch.empty(16)
     kinds: tuple[Kind, ...] = ("uint4", "uint8", "e4m3", "e2m1")
@@ -191,18 +191,8 @@ def grouped_kernels(capability: int, head_dim: int) -> Iterator[tuple[str, Compi
                 partial(compile_kernel, grouped_kernel, arguments, constants, how, capability),
             )
         form = weight_form(weight, 16, 64)
-        arguments = (pointers(weight), number, 0, 64)
-        yield (
-            f"decode, {kind}",
-            partial(
-                compile_kernel,
-                decode_kernel,
-                arguments,
-                {"FORM": form},
-                {"num_warps": 4},
-                capability,
-            ),
-        )
+        decoding = (decode_kernel, (pointers(weight), number, 0, 64), {"FORM": form})
+        yield f"decode, {kind}", partial(compile_kernel, *decoding, {"num_warps": 4}, capability)
     constants = {"OUTPUTS": 3 * head_dim, "PARTS": 4, "HAS_BIAS": True, "BLOCK": 1024}
     add = (add_parts_kernel, (sums, number, number, 8), constants, {"num_warps": 4})
     yield "add parts", partial(compile_kernel, *add, capability)

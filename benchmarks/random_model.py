@@ -97,6 +97,7 @@ class RandomWeights:
 
     def __init__(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> None:
         self.dtype = dtype
+        self.keeps_bits = False
         self._device = device
         self._generator = torch.Generator(device).manual_seed(seed)
 
@@ -119,6 +120,9 @@ class RandomWeights:
     def part(self, name: str, shape: torch.Size, *index: slice) -> torch.Tensor:
         sizes = [len(range(*at.indices(size))) for at, size in zip(index, shape, strict=False)]
         return self.whole(name, torch.Size((*sizes, *shape[len(index) :])))
+
+    def kept(self, name: str, shape: torch.Size) -> None:
+        """None: none is quantised."""
 
     def leave(self, name: str, shape: torch.Size) -> None:
         """Does nothing: every tensor exists."""

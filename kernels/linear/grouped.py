@@ -99,6 +99,12 @@ class GroupedWeight:
         codes -= MIDDLES[self.kind] if zeros is None else zeros.float()
         return codes.mul_(scales).mT
 
+    def expert(self, at: int) -> GroupedWeight:
+        """The weight of one of several experts."""
+        zeros, index = (None if part is None else part[at] for part in (self.zeros, self.index))
+        codes, scales = self.codes[at], self.scales[at]
+        return GroupedWeight(self.kind, codes, scales, zeros, self.group, index, self.in_features)
+
     def rows(self, which: Tensor | slice) -> GroupedWeight:
         """Some outputs. which: [n] int64 or a slice"""
         parts = (self.codes, self.scales, self.zeros)
@@ -239,11 +245,12 @@ def grouped(
     if kind == "e4m3" and bool(((codes & 127) == 127).any()):
         raise ValueError("it has codes that are NaN")
     in_order = torch.arange(num_inputs, device=codes.device) // group
-    index = in_order if groups is None else groups
+    index = None
     if scales.shape[1] == 1:
-        group, index = -(-num_inputs // BLOCK) * BLOCK, None
-    elif group % BLOCK == 0 and index.equal(in_order):
-        index = None
+        group = -(-num_inputs // BLOCK) * BLOCK
+    elif group % BLOCK or not (groups is None or groups.equal(in_order)):
+        found = in_order if groups is None else groups
+        index, group = found.int().contiguous(), BLOCK
     if zeros is not None and not zeros.is_floating_point():
         low, high = zeros.aminmax()
         fits = int(low) >= 0 and int(high) < 256
@@ -254,8 +261,8 @@ def grouped(
         (_in_halves(by_input) if kind in ("uint4", "e2m1") else by_input).contiguous(),
         scales.T.contiguous(),
         None if zeros is None else zeros.T.contiguous(),
-        group if index is None else BLOCK,
-        None if index is None else index.int().contiguous(),
+        group,
+        index,
         num_inputs,
     )
 
@@ -329,7 +336,8 @@ def _inverse(scales: Tensor) -> Tensor:
     """Zero where all weights of a group are 0, or too small."""
     exact = scales.float()
     inverse = 1 / exact
-    return torch.where(inverse.isfinite(), inverse, 0.0)
+    found: Tensor = torch.where(inverse.isfinite(), inverse, 0.0)
+    return found
 
 
 def _numbers(kind: Kind, codes: Tensor, num_inputs: int) -> Tensor:
@@ -354,7 +362,8 @@ def _in_halves(codes: Tensor) -> Tensor:
     """[inputs, outputs] uint8 -> [blocks * 16, outputs]; any leading dimensions"""
     padded = F.pad(codes, (0, 0, 0, -codes.shape[-2] % BLOCK)).unflatten(-2, (-1, 2, _HALF))
     low, high = padded.unbind(-3)
-    return (low | (high << 4)).flatten(-3, -2)
+    packed: Tensor = low | (high << 4)
+    return packed.flatten(-3, -2)
 
 
 def _in_order(codes: Tensor) -> Tensor:

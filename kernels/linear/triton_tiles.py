@@ -1,11 +1,11 @@
 """Tiles of a `GroupedWeight`, decoded in registers: what its kernels have in common.
 
-A step of a kernel's loop takes BLOCK_K inputs. Codes of 8 bits are one tile of all of them. Those of
-4 bits are two, of which each byte has one number; so nothing is interleaved:
+A step of a kernel's loop takes `block_k` inputs. Codes of 8 bits are one tile of all of them. Those
+of 4 bits are two, of which each byte has one number; so nothing is interleaved:
 
-    for first in range(0, FORM.inputs, FORM.block_k):
+    for first in range(0, INPUTS, BLOCK_K):
         codes = load_codes(weight, first, offs_n, mask_n, FORM)
-        for half in tl.static_range(FORM.halves):
+        for half in tl.static_range(HALVES):
             offs_k = inputs_of(first, half, FORM)
             x = ...                                            # [rows, offs_k]
             w = decode(weight, codes, half, first, offs_k, offs_n, mask_n, x.dtype, FORM)

@@ -184,8 +184,8 @@ def test_the_kernels_multiply_with_the_decoded_weights(
 ) -> None:
     """At shapes that no tile divides: the error is at most twice that of torch in one dtype."""
     for shape, counts in (((70, 300), (1, 3)), ((33, 96), (17, 130))):
-        weight, meant = (part.to(DEVICE) for part in coded(*coding, shape))
-        rounded, bias = meant.to(DTYPE), inputs(shape[0])
+        weight, meant = coded(*coding, shape)
+        weight, rounded, bias = weight.to(DEVICE), meant.to(DEVICE, DTYPE), inputs(shape[0])
         for count in counts:
             x = inputs(count, 2 * shape[1])[:, : shape[1]]  # strided
             exact = x.double() @ rounded.double().T + bias.double()
@@ -221,5 +221,5 @@ def test_inputs_are_checked_and_have_gradients() -> None:
     x = torch.zeros(2, 3, 64, requires_grad=True)
     out = grouped_linear(x, weight, backend="triton" if DEVICE == "cuda" else None)
     assert out.shape == (2, 3, 6)
-    out.sum().backward()  # type: ignore[no-untyped-call]
+    out.sum().backward()
     torch.testing.assert_close(x.grad, meant.sum(0).expand(2, 3, 64))
