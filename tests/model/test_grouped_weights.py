@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kvmesh.kernels.linear import GroupedFormat, GroupedWeight, quantise
+from kvmesh.workers.config import WeightFormatName
 from kvmesh.workers.model import storage
 from kvmesh.workers.model.load import ServedModel, load_model
-from kvmesh.workers.model.storage import WeightFormat
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.parallel.linears import WeightParts
 from tests.model.attend import prompt_logits
@@ -41,7 +41,7 @@ def as_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def load(
     path: Path,
-    weight_format: WeightFormat = "exact",
+    weight_format: WeightFormatName = "exact",
     comm: Communicator | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> ServedModel:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from kvmesh.kernels.formats.rotation import rotation_matrix
 from kvmesh.kernels.linear import PackedWeight
+from kvmesh.workers.config import WeightFormatName
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 from kvmesh.workers.model.architectures import ARCHITECTURES
 from kvmesh.workers.model.blocks import FusedAttention, FusedLayer, fuse, fused_layer, lean_norm
@@ -29,7 +30,7 @@ from kvmesh.workers.model.rope import Rope, fixed_rotary, override_rope
 from kvmesh.workers.model.shards import Placer
 from kvmesh.workers.model.sizes import check_tp
 from kvmesh.workers.model.standard_keys import standard_keys
-from kvmesh.workers.model.storage import Storage, WeightFormat
+from kvmesh.workers.model.storage import Storage
 from kvmesh.workers.model.stored import adapt, read_config, stored_as
 from kvmesh.workers.model.weights import WeightReader, Weights
 from kvmesh.workers.parallel.comm import Communicator
@@ -219,7 +220,7 @@ def load_model(
     rope: RopeOverride | None = None,
     max_model_len: int | None = None,
     expert_parallel: bool = False,
-    weight_format: WeightFormat = "exact",
+    weight_format: WeightFormatName = "exact",
 ) -> ServedModel:
     """This rank's share of the model in directory `path`.
 
@@ -271,7 +272,7 @@ def build_model(
     comm: Communicator,
     max_model_len: int | None = None,
     expert_parallel: bool = False,
-    weight_format: WeightFormat = "exact",
+    weight_format: WeightFormatName = "exact",
 ) -> ServedModel:
     """This rank's share of the model that a transformers `config` describes.
 

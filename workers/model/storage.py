@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from kvmesh.kernels.linear import GroupedFormat, PackedWeight, pack, quantise
 from kvmesh.kernels.linear import WeightFormat as PackedFormat
+from kvmesh.workers.config import WeightFormatName
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.parallel.linears import Stored
 
-WeightFormat = Literal["exact", "int8", "int4", "fp8", "decoded"]
 # Of a linear's weight [outputs, inputs], or those of experts, [experts, outputs, inputs].
 Pack = Callable[[Tensor], Stored]
 
@@ -34,7 +33,9 @@ class Storage:
     keeps_bits: bool = False
 
     @classmethod
-    def of(cls, weight_format: WeightFormat, dtype: torch.dtype, device: torch.device) -> Storage:
+    def of(
+        cls, weight_format: WeightFormatName, dtype: torch.dtype, device: torch.device
+    ) -> Storage:
         """Raises ConfigError naming `weight_format` where nothing multiplies with such weights."""
         if multiplies_grouped(device):
             return _for_gpus(weight_format)
@@ -54,7 +55,7 @@ def multiplies_grouped(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _for_gpus(weight_format: WeightFormat) -> Storage:
+def _for_gpus(weight_format: WeightFormatName) -> Storage:
     if weight_format == "exact" or weight_format == "decoded":
         return Storage(_as_it_is, _as_it_is, _as_it_is, keeps_bits=weight_format == "exact")
     # The largest product has the largest say in what a token is. Embeddings are not rounded, so
@@ -63,7 +64,7 @@ def _for_gpus(weight_format: WeightFormat) -> Storage:
     return Storage(_quantiser(weight_format), _quantiser(head), _as_it_is)
 
 
-def _for_loops(weight_format: WeightFormat) -> Storage:
+def _for_loops(weight_format: WeightFormatName) -> Storage:
     """Of CPUs, which compute in fp32."""
     if weight_format == "fp8":
         # Rounded as on GPUs, to measure what that costs; there is no loop for it.
