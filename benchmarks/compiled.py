@@ -59,13 +59,15 @@ from kvmesh.kernels.linear.triton_linear import OPTIONS, TILE, fixed_linear_kern
 from kvmesh.kernels.linear.triton_tiles import pointers, weight_form
 from kvmesh.kernels.merge.triton_merge import merge_kernel
 from kvmesh.kernels.moe import GatedUnit
-from kvmesh.kernels.moe.triton_moe import down_kernel, gate_up_kernel, tiles, unit
+from kvmesh.kernels.moe.triton_moe import BLOCK_N, down_kernel, gate_up_kernel, unit
+from kvmesh.kernels.moe.triton_moe import options as expert_options
 from kvmesh.kernels.seal.triton_seal import NUM_WARPS, seal_form, seal_kernel
 from kvmesh.kernels.write.triton_write import write_kernel
 
 CAPABILITIES = (70, 75, 80, 89, 90)
 NUM_KV_HEADS = 8
 LATENT_DIM, LATENT_VALUES = 576, 512
+KINDS: tuple[Kind, ...] = ("uint4", "uint8", "e4m3", "e2m1")
 Compile = Callable[[], Any]
 
 
@@ -174,8 +176,7 @@ def grouped_kernels(capability: int, head_dim: int) -> Iterator[tuple[str, Compi
     """Products with weights in few bits, for few, many and any rows, and decoding them."""
     number = torch.empty(16, dtype=torch.bfloat16 if capability >= 80 else torch.float16)
     sums = torch.empty(16)
-    kinds: tuple[Kind, ...] = ("uint4", "uint8", "e4m3", "e2m1")
-    for kind in kinds:
+    for kind in KINDS:
         weight = random_grouped(kind, 3 * head_dim, 8 * head_dim)
         for rows, form in (
             ("few rows", form_for(weight, 1)),
@@ -200,25 +201,30 @@ def grouped_kernels(capability: int, head_dim: int) -> Iterator[tuple[str, Compi
 
 def expert_kernels(capability: int, head_dim: int) -> Iterator[tuple[str, Compile]]:
     """Both products of a mixture's experts, with few and many rows for each."""
-    number = torch.empty(16, dtype=torch.bfloat16 if capability >= 80 else torch.float16)
-    ints, order, sums = (
-        torch.empty(16, dtype=kind) for kind in (torch.int32, torch.int64, torch.float32)
-    )
+    dtype = torch.bfloat16 if capability >= 80 else torch.float16
+    number, sums = torch.empty(16, dtype=dtype), torch.empty(16)
+    ints, order = (torch.empty(16, dtype=kind) for kind in (torch.int32, torch.int64))
     groups = (order, ints, ints, ints)
-    inner = {"HIDDEN": 8 * head_dim, "WIDTH": 3 * head_dim, "HAS_BIAS": True}
-    for rows in (16, 128):
-        how = tiles(torch.bfloat16, rows)
-        options = {name: how.pop(name) for name in ("num_warps", "num_stages")}
-        gated = {**unit(GatedUnit(1.702, 7.0, 1.0)), **inner, "TOP_K": 8, **how}
-        gate_up = (gate_up_kernel, (number, *groups, number, number, number, 8), gated, options)
-        yield f"experts, gate and up, {rows} rows", partial(compile_kernel, *gate_up, capability)
-        down = (
-            down_kernel,
-            (number, *groups, number, number, sums, sums, 8),
-            {**inner, **how},
-            options,
-        )
-        yield f"experts, down, {rows} rows", partial(compile_kernel, *down, capability)
+    hidden, width = 8 * head_dim, 3 * head_dim // 32 * 32
+    for kind in ("plain", *KINDS):
+        weights = [
+            torch.zeros(2, outputs, inputs, dtype=dtype)
+            if kind == "plain"
+            else random_grouped(kind, outputs, inputs, experts=2)
+            for outputs, inputs in ((2 * width, hidden), (hidden, width))
+        ]
+        for rows in (16, 128) if kind == "plain" else (16,):
+            inward, outward = (weight_form(weight, rows, BLOCK_N) for weight in weights)
+            how = expert_options(inward, torch.bfloat16)
+            constants = {"HAS_BIAS": True, "PRECISION": how.pop("PRECISION")}
+            gated = {**unit(GatedUnit(1.702, 7.0, 1.0)), **constants, "TOP_K": 8, "FORM": inward}
+            arguments = (number, *groups, pointers(weights[0]), number, number, 8)
+            gate_up = (gate_up_kernel, arguments, gated, how)
+            what = f"{rows} rows" if kind == "plain" else kind
+            yield f"experts, gate and up, {what}", partial(compile_kernel, *gate_up, capability)
+            arguments = (number, *groups, pointers(weights[1]), number, sums, sums, 8)
+            down = (down_kernel, arguments, {**constants, "FORM": outward}, how)
+            yield f"experts, down, {what}", partial(compile_kernel, *down, capability)
 
 
 def compile_pages(launch: Launch, capability: int) -> Any:

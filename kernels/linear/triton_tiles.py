@@ -1,4 +1,4 @@
-"""Tiles of a `GroupedWeight`, decoded in registers: what its kernels have in common.
+"""Tiles of weights for Triton kernels: of a `GroupedWeight`, decoded in registers, or of a tensor.
 
 A step of a kernel's loop takes `block_k` inputs. Codes of 8 bits are one tile of all of them. Those
 of 4 bits are two, of which each byte has one number; so nothing is interleaved:
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
@@ -38,6 +39,7 @@ class WeightPointers(NamedTuple):
 class WeightForm(KernelConstants):
     """What kernels know about a weight when they are compiled; `weight_form` caches them.
 
+    kind: as in `GroupedWeight`, or "plain" for a tensor [outputs, inputs]
     inputs, outputs: of the weight, or of each expert's
     groups: that share a scale; group: inputs of one
     """
@@ -75,8 +77,12 @@ def _form(*fields: Any) -> WeightForm:
     return WeightForm(*fields)
 
 
-def weight_form(weight: GroupedWeight, block_m: int, block_n: int) -> WeightForm:
+def weight_form(weight: GroupedWeight | torch.Tensor, block_m: int, block_n: int) -> WeightForm:
     """With as many inputs a step as keep a group's scales one row, up to 64."""
+    if isinstance(weight, torch.Tensor):
+        outputs, inputs = weight.shape[-2:]
+        block_k = 32 if weight.dtype == torch.float32 else 64
+        return _form("plain", inputs, outputs, 1, 0, 0, False, False, block_m, block_n, block_k)
     one_group = weight.index is None and weight.scales.shape[-2] == 1
     block_k = 64
     if weight.index is None and not one_group and weight.group % 64:
@@ -96,7 +102,9 @@ def weight_form(weight: GroupedWeight, block_m: int, block_n: int) -> WeightForm
     )
 
 
-def pointers(weight: GroupedWeight) -> WeightPointers:
+def pointers(weight: GroupedWeight | torch.Tensor) -> WeightPointers:
+    if isinstance(weight, torch.Tensor):
+        return WeightPointers(weight, weight, weight, weight)
     codes = weight.codes
     return WeightPointers(
         codes,
@@ -121,10 +129,13 @@ def expert_of(weight, expert, FORM: tl.constexpr):
 
 @triton.jit
 def load_codes(weight, first, offs_n, mask_n, FORM: tl.constexpr):
-    """[block_k / halves, block_n] uint8, of the inputs from `first` on"""
+    """[block_k / halves, block_n], of the inputs from `first` on"""
     ROWS: tl.constexpr = FORM.code_tile
     rows = first // FORM.halves + tl.arange(0, ROWS)
-    at = rows.to(tl.int64)[:, None] * FORM.outputs + offs_n[None, :]
+    if FORM.kind == "plain":
+        at = offs_n.to(tl.int64)[None, :] * FORM.inputs + rows[:, None]
+    else:
+        at = rows.to(tl.int64)[:, None] * FORM.outputs + offs_n[None, :]
     mask = (rows < FORM.code_rows)[:, None] & mask_n[None, :]
     return tl.load(weight[0] + at, mask=mask, other=0)
 
@@ -144,6 +155,16 @@ def decode(
     weight, codes, half, first, offs_k, offs_n, mask_n, DTYPE: tl.constexpr, FORM: tl.constexpr
 ):
     """[block_k / halves, block_n] in DTYPE; finite for inputs beyond the last"""
+    if FORM.kind == "plain":
+        return codes
+    else:
+        return _decode(weight, codes, half, first, offs_k, offs_n, mask_n, DTYPE, FORM)
+
+
+@triton.jit
+def _decode(
+    weight, codes, half, first, offs_k, offs_n, mask_n, DTYPE: tl.constexpr, FORM: tl.constexpr
+):
     if FORM.has_index:
         mask_k = offs_k < FORM.inputs
         group = tl.load(weight[3] + offs_k, mask=mask_k, other=0)[:, None]
