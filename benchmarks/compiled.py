@@ -15,7 +15,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ import torch
 import triton
 
 from benchmarks.kernel_formats import FORMATS
+from benchmarks.random_model import KINDS, random_grouped
 from benchmarks.sass import compile_kernel, compile_launch
 from kvmesh.kernels.attention.latent_form import form_of, launch_options
 from kvmesh.kernels.attention.triton_decode import decode_merge_kernel
@@ -46,7 +47,7 @@ from kvmesh.kernels.attention.triton_parts import BatchPointers
 from kvmesh.kernels.attention.triton_prefill import prefill_merge_kernel
 from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.kernels.formats.registry import format_of_model, get_format
-from kvmesh.kernels.linear import GroupedWeight, Kind
+from kvmesh.kernels.linear import GroupedWeight
 from kvmesh.kernels.linear.triton_grouped import (
     FIXED_TILE,
     add_parts_kernel,
@@ -67,7 +68,6 @@ from kvmesh.kernels.write.triton_write import write_kernel
 CAPABILITIES = (70, 75, 80, 89, 90)
 NUM_KV_HEADS = 8
 LATENT_DIM, LATENT_VALUES = 576, 512
-KINDS: tuple[Kind, ...] = ("uint4", "uint8", "e4m3", "e2m1")
 Compile = Callable[[], Any]
 
 
@@ -150,28 +150,6 @@ def shared_kernels(
     yield from expert_kernels(capability, head_dim)
 
 
-def random_grouped(
-    kind: Kind, num_outputs: int, num_inputs: int, *, experts: int | None = None
-) -> GroupedWeight:
-    """A weight of zeros on the CPU, coded as checkpoints are that have this kind most often."""
-    leading = () if experts is None else (experts,)
-    code_rows = num_inputs if kind in ("uint8", "e4m3") else -(-num_inputs // 32) * 16
-    group = {"uint4": 128, "uint8": 128, "e4m3": 128, "e2m1": 32}[kind]
-    scales = torch.zeros(
-        (*leading, -(-num_inputs // group), num_outputs),
-        dtype=torch.uint8 if kind == "e2m1" else torch.bfloat16,
-    )
-    return GroupedWeight(
-        kind,
-        torch.zeros((*leading, code_rows, num_outputs), dtype=torch.uint8),
-        scales,
-        scales.to(torch.uint8) if kind == "uint4" else None,
-        group,
-        None,
-        num_inputs,
-    )
-
-
 def grouped_kernels(capability: int, head_dim: int) -> Iterator[tuple[str, Compile]]:
     """Products with weights in few bits, for few, many and any rows, and decoding them."""
     number = torch.empty(16, dtype=torch.bfloat16 if capability >= 80 else torch.float16)
@@ -206,25 +184,25 @@ def expert_kernels(capability: int, head_dim: int) -> Iterator[tuple[str, Compil
     ints, order = (torch.empty(16, dtype=kind) for kind in (torch.int32, torch.int64))
     groups = (order, ints, ints, ints)
     hidden, width = 8 * head_dim, 3 * head_dim // 32 * 32
-    for kind in ("plain", *KINDS):
-        weights = [
-            torch.zeros(2, outputs, inputs, dtype=dtype)
-            if kind == "plain"
-            else random_grouped(kind, outputs, inputs, experts=2)
-            for outputs, inputs in ((2 * width, hidden), (hidden, width))
-        ]
-        for rows in (16, 128) if kind == "plain" else (16,):
-            inward, outward = (weight_form(weight, rows, BLOCK_N) for weight in weights)
-            how = expert_options(inward, torch.bfloat16)
-            constants = {"HAS_BIAS": True, "PRECISION": how.pop("PRECISION")}
-            gated = {**unit(GatedUnit(1.702, 7.0, 1.0)), **constants, "TOP_K": 8, "FORM": inward}
-            arguments = (number, *groups, pointers(weights[0]), number, number, 8)
-            gate_up = (gate_up_kernel, arguments, gated, how)
-            what = f"{rows} rows" if kind == "plain" else kind
-            yield f"experts, gate and up, {what}", partial(compile_kernel, *gate_up, capability)
-            arguments = (number, *groups, pointers(weights[1]), number, sums, sums, 8)
-            down = (down_kernel, arguments, {**constants, "FORM": outward}, how)
-            yield f"experts, down, {what}", partial(compile_kernel, *down, capability)
+    shapes = ((2 * width, hidden), (hidden, width))
+    plain = [torch.zeros(2, *shape, dtype=dtype) for shape in shapes]
+    cases: list[tuple[str, int, Sequence[torch.Tensor | GroupedWeight]]] = [
+        ("16 rows", 16, plain),
+        ("128 rows", 128, plain),
+    ]
+    for kind in KINDS:
+        cases.append((kind, 16, [random_grouped(kind, *shape, experts=2) for shape in shapes]))
+    for what, rows, weights in cases:
+        inward, outward = (weight_form(weight, rows, BLOCK_N) for weight in weights)
+        how = expert_options(inward, torch.bfloat16)
+        constants = {"HAS_BIAS": True, "PRECISION": how.pop("PRECISION")}
+        gated = {**unit(GatedUnit(1.702, 7.0, 1.0)), **constants, "TOP_K": 8, "FORM": inward}
+        arguments = (number, *groups, pointers(weights[0]), number, number, 8)
+        gate_up = (gate_up_kernel, arguments, gated, how)
+        yield f"experts, gate and up, {what}", partial(compile_kernel, *gate_up, capability)
+        last = (number, *groups, pointers(weights[1]), number, sums, sums, 8)
+        down = (down_kernel, last, {**constants, "FORM": outward}, how)
+        yield f"experts, down, {what}", partial(compile_kernel, *down, capability)
 
 
 def compile_pages(launch: Launch, capability: int) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -29,8 +29,8 @@ _OUTPUTS_AT_A_TIME = 1024
 class GroupedWeight:
     """A linear's weight [outputs, inputs], or those of several experts, [experts, outputs, inputs].
 
-    A weight is (code - zero) * scale in fp32, rounded to the dtype of the inputs that it is
-    multiplied with. Outputs are adjacent in memory.
+    A weight is (code - zero) * scale, or code * scale + offset, in fp32, rounded to the dtype of
+    the inputs that it is multiplied with. Outputs are adjacent in memory.
 
     kind: what a code is
 
@@ -44,6 +44,7 @@ class GroupedWeight:
     scales: […, groups, outputs] of any float dtype; of e2m1 uint8, a power of two, as its exponent
         plus 127
     zeros: like `scales`, of any dtype; None for the middle of the codes, 8 or 128, and for floats
+    has_offsets: `zeros` are offsets
     group: inputs that share a scale, in order; a multiple of 32
     index: […, inputs] int32, the group of each input, where groups are not that; else None
     """
@@ -55,6 +56,7 @@ class GroupedWeight:
     group: int
     index: Tensor | None
     in_features: int
+    has_offsets: bool = False
 
     @property
     def shape(self) -> torch.Size:
@@ -78,7 +80,7 @@ class GroupedWeight:
         zeros, index = (
             None if part is None else part.to(device) for part in (self.zeros, self.index)
         )
-        return GroupedWeight(self.kind, codes, scales, zeros, self.group, index, self.in_features)
+        return replace(self, codes=codes, scales=scales, zeros=zeros, index=index)
 
     def dim(self) -> int:
         """2 or 3, as of a tensor."""
@@ -96,6 +98,9 @@ class GroupedWeight:
         else:
             scales = _exact_scales(self.scales)[..., index, :]
             zeros = None if self.zeros is None else self.zeros[..., index, :]
+        if self.has_offsets:
+            assert zeros is not None
+            return codes.mul_(scales).add_(zeros.float()).mT
         codes -= MIDDLES[self.kind] if zeros is None else zeros.float()
         return codes.mul_(scales).mT
 
@@ -103,7 +108,7 @@ class GroupedWeight:
         """The weight of one of several experts."""
         zeros, index = (None if part is None else part[at] for part in (self.zeros, self.index))
         codes, scales = self.codes[at], self.scales[at]
-        return GroupedWeight(self.kind, codes, scales, zeros, self.group, index, self.in_features)
+        return replace(self, codes=codes, scales=scales, zeros=zeros, index=index)
 
     def rows(self, which: Tensor | slice) -> GroupedWeight:
         """Some outputs. which: [n] int64 or a slice"""
@@ -113,9 +118,7 @@ class GroupedWeight:
         )
         assert codes is not None
         assert scales is not None
-        return GroupedWeight(
-            self.kind, codes, scales, zeros, self.group, self.index, self.in_features
-        )
+        return replace(self, codes=codes, scales=scales, zeros=zeros)
 
     def columns(self, first: int, end: int) -> GroupedWeight:
         """Inputs [first, end). Groups are divided where the part begins within one."""
@@ -145,13 +148,23 @@ class GroupedWeight:
         assert scales is not None
         zeros = None if zeros is None else zeros.contiguous()
         return GroupedWeight(
-            self.kind, codes.contiguous(), scales.contiguous(), zeros, group, index, end - first
+            self.kind,
+            codes.contiguous(),
+            scales.contiguous(),
+            zeros,
+            group,
+            index,
+            end - first,
+            self.has_offsets,
         )
 
     def fits(self, other: GroupedWeight) -> bool:
         """Whether both can be parts of one weight without decoding them."""
         mine, theirs = (
-            (one.kind, one.group, one.in_features, one.scales.shape[-2], one.index is None)
+            (
+                *(one.kind, one.has_offsets, one.group, one.in_features, one.scales.shape[-2]),
+                one.index is None,
+            )
             for one in (self, other)
         )
         return mine == theirs
@@ -178,16 +191,7 @@ class GroupedWeight:
         indices = [one.index for one in experts if one.index is not None]
         if not indices:
             return found
-        index = torch.stack(indices)
-        return GroupedWeight(
-            found.kind,
-            found.codes,
-            found.scales,
-            found.zeros,
-            found.group,
-            index,
-            first.in_features,
-        )
+        return replace(found, index=torch.stack(indices))
 
     def _combined(
         self, parts: Sequence[GroupedWeight], combine: Callable[[list[Tensor]], Tensor]
@@ -203,15 +207,8 @@ class GroupedWeight:
         scales = [part.scales for part in parts]
         if len({scale.dtype for scale in scales}) > 1:
             scales = [scale.float() for scale in scales]
-        return GroupedWeight(
-            self.kind,
-            combine([part.codes for part in parts]),
-            combine(scales),
-            zeros,
-            self.group,
-            self.index,
-            self.in_features,
-        )
+        codes = combine([part.codes for part in parts])
+        return replace(self, codes=codes, scales=combine(scales), zeros=zeros)
 
     def _all_zeros(self) -> Tensor:
         if self.zeros is not None:
@@ -270,7 +267,8 @@ def grouped(
 def quantise(weight: Tensor, weight_format: GroupedFormat) -> GroupedWeight:
     """`weight` [outputs, inputs] or [experts, outputs, inputs], rounded.
 
-    int4: for each 32 inputs a scale in bfloat16, a 15th of their range with 0 in it, and a zero
+    int4: for each 32 inputs an offset, their minimum, and a scale, a 15th of their range, both in
+        bfloat16; as `pack` does it in fp32
     int8: for each 128 inputs a scale in bfloat16, absmax / 127
     fp8: e4m3; for each output a scale in fp32, absmax / 448
     Raises ValueError if a weight is not finite.
@@ -295,12 +293,10 @@ def _to_uint4(weight: Tensor) -> GroupedWeight:
     group = GROUP_SIZES["int4"]
     blocks = _blocks(weight, group)
     low, high = blocks.aminmax(dim=-1, keepdim=True)
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    scales = (high / 15 - low / 15).bfloat16()
-    inverse = _inverse(scales)
-    zeros = (-low * inverse).round_().clamp_(0, 15)
-    codes = (blocks * inverse).round_().add_(zeros).clamp_(0, 15)
-    return _encoded("uint4", weight, codes, scales, zeros.to(torch.uint8), group)
+    offsets = low.bfloat16()
+    scales = (high / 15 - offsets.float() / 15).bfloat16()
+    codes = ((blocks - offsets.float()) * _inverse(scales)).round_().clamp_(0, 15)
+    return replace(_encoded("uint4", weight, codes, scales, offsets, group), has_offsets=True)
 
 
 def _to_uint8(weight: Tensor) -> GroupedWeight:
@@ -328,16 +324,18 @@ def _encoded(
 
 
 def _blocks(weight: Tensor, group: int) -> Tensor:
-    """[outputs, groups, group], with zeros at the end"""
-    return F.pad(weight, (0, -weight.shape[1] % group)).unflatten(1, (-1, group))
+    """[outputs, groups, group], the last maybe filled up with what its scale is for"""
+    more = -weight.shape[1] % group
+    filled = torch.cat((weight, weight[:, -1:].expand(-1, more)), 1) if more else weight
+    blocks: Tensor = filled.unflatten(1, (-1, group))
+    return blocks
 
 
 def _inverse(scales: Tensor) -> Tensor:
     """Zero where all weights of a group are 0, or too small."""
     exact = scales.float()
-    inverse = 1 / exact
-    found: Tensor = torch.where(inverse.isfinite(), inverse, 0.0)
-    return found
+    inverse: Tensor = 1 / exact
+    return torch.where(inverse.isfinite(), inverse, 0.0)
 
 
 def _numbers(kind: Kind, codes: Tensor, num_inputs: int) -> Tensor:

@@ -51,6 +51,7 @@ class WeightForm(KernelConstants):
     group: int
     middle: int
     has_zeros: bool
+    has_offsets: bool
     has_index: bool
     block_m: int
     block_n: int
@@ -82,7 +83,8 @@ def weight_form(weight: GroupedWeight | torch.Tensor, block_m: int, block_n: int
     if isinstance(weight, torch.Tensor):
         outputs, inputs = weight.shape[-2:]
         block_k = 32 if weight.dtype == torch.float32 else 64
-        return _form("plain", inputs, outputs, 1, 0, 0, False, False, block_m, block_n, block_k)
+        flags = (False, False, False)
+        return _form("plain", inputs, outputs, 1, 0, 0, *flags, block_m, block_n, block_k)
     one_group = weight.index is None and weight.scales.shape[-2] == 1
     block_k = 64
     if weight.index is None and not one_group and weight.group % 64:
@@ -95,6 +97,7 @@ def weight_form(weight: GroupedWeight | torch.Tensor, block_m: int, block_n: int
         weight.group,
         MIDDLES[weight.kind],
         weight.zeros is not None,
+        weight.has_offsets,
         weight.index is not None,
         block_m,
         block_n,
@@ -194,7 +197,13 @@ def _decode(
         values = (codes.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True)
         if FORM.has_zeros:
             zeros = tl.load(weight[2] + at, mask=mask, other=0).to(tl.float32)
+        if FORM.has_offsets:
+            values -= 8388608.0
+        elif FORM.has_zeros:
             values -= zeros + 8388608.0
         else:
             values -= FORM.middle + 8388608.0
-    return (values * scales).to(DTYPE)
+    values *= scales
+    if FORM.has_offsets:
+        values += zeros
+    return values.to(DTYPE)

@@ -40,7 +40,7 @@ class WeightCoding:
 
 # Of weights that are rounded at load, as kernels/linear/grouped.py does it.
 ONLINE: Mapping[str, WeightCoding] = {
-    "int4": WeightCoding(4, 32, 2, 1),
+    "int4": WeightCoding(4, 32, 2, 2),
     "int8": WeightCoding(8, 128, 2),
     "fp8": WeightCoding(8, 0, 4),
 }
@@ -66,8 +66,7 @@ class StoredWeights:
         """weight_format: as in `engine`; config: the contents of config.json"""
         online = ONLINE.get(weight_format)
         if online is not None:
-            head = ONLINE["int8"] if weight_format == "int4" else online
-            return cls(online, online, head)
+            return cls(online, online, ONLINE["int8"] if weight_format == "int4" else online)
         quantisation = quantisation_of(config)
         if weight_format == "decoded" or quantisation is None:
             return cls()
@@ -75,7 +74,7 @@ class StoredWeights:
             return cls(experts=WeightCoding(4, 32, 1))
         coding = _coding(quantisation)
         left_out = _left_out(quantisation)
-        head = None
+        head: WeightCoding | None = None
         if coding and (quantisation.get("lm_head") or _targets_head(quantisation, left_out)):
             head = coding
         return cls(coding, coding, head, left_out)
