@@ -1,7 +1,8 @@
 """Which kernels compile for which GPUs, and whether they use tensor cores; needs no GPU.
 
     python benchmarks/compiled.py [--output FILE] [--capability 70 75 ...] [--format NAME ...]
-        [--kernel NAME ...] [--shape 128x8] [--page-size 64] [--stride 1] [--latent HEADS]
+        [--kernel NAME ...] [--kind NAME ...] [--shape 128x8] [--page-size 64] [--stride 1]
+        [--latent HEADS]
 
 Every kernel is compiled as the operators launch it, with everything that a layer or a batch may
 need: a window, a softcap, shared prefixes. GPUs before sm_80 have no bf16; they use fp16. If a
@@ -47,7 +48,7 @@ from kvmesh.kernels.attention.triton_parts import BatchPointers
 from kvmesh.kernels.attention.triton_prefill import prefill_merge_kernel
 from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.kernels.formats.registry import format_of_model, get_format
-from kvmesh.kernels.linear import GroupedWeight
+from kvmesh.kernels.linear import GroupedWeight, Kind
 from kvmesh.kernels.linear.triton_grouped import (
     FIXED_TILE,
     add_parts_kernel,
@@ -109,9 +110,14 @@ def latent_kernels(
 
 
 def shared_kernels(
-    capability: int, head_dim: int, group: int, page_size: int, stride: int
+    capability: int,
+    head_dim: int,
+    group: int,
+    page_size: int,
+    stride: int,
+    kinds: Sequence[Kind] = KINDS,
 ) -> Iterator[tuple[str, Compile]]:
-    """Kernels that all formats share."""
+    """Kernels that all formats share. kinds: of weights in few bits, from sm_80 on"""
     number = torch.empty(16, dtype=torch.bfloat16 if capability >= 80 else torch.float16)
     ids = torch.empty(16, dtype=torch.int64)
     sizes = {"HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim)}
@@ -146,15 +152,18 @@ def shared_kernels(
     inputs = {"IN": 8 * head_dim, "OUT": 3 * head_dim, "PRECISION": "tf32"}
     fixed = (fixed_linear_kernel, (number, number, number, 8, 16), {**inputs, **TILE}, OPTIONS)
     yield "fixed linear", partial(compile_kernel, *fixed, capability)
-    yield from grouped_kernels(capability, head_dim)
-    yield from expert_kernels(capability, head_dim)
+    if capability >= 80:
+        yield from grouped_kernels(head_dim, capability, kinds)
+    yield from expert_kernels(head_dim, capability, kinds if capability >= 80 else ())
 
 
-def grouped_kernels(capability: int, head_dim: int) -> Iterator[tuple[str, Compile]]:
+def grouped_kernels(
+    head_dim: int, capability: int, kinds: Sequence[Kind]
+) -> Iterator[tuple[str, Compile]]:
     """Products with weights in few bits, for few, many and any rows, and decoding them."""
     number = torch.empty(16, dtype=torch.bfloat16 if capability >= 80 else torch.float16)
     sums = torch.empty(16)
-    for kind in KINDS:
+    for kind in kinds:
         weight = random_grouped(kind, 3 * head_dim, 8 * head_dim)
         for rows, form in (
             ("few rows", form_for(weight, 1)),
@@ -171,26 +180,31 @@ def grouped_kernels(capability: int, head_dim: int) -> Iterator[tuple[str, Compi
             )
         form = weight_form(weight, 16, 64)
         decoding = (decode_kernel, (pointers(weight), number, 0, 64), {"FORM": form})
-        yield f"decode, {kind}", partial(compile_kernel, *decoding, {"num_warps": 4}, capability)
+        yield (
+            f"decoded weights, {kind}",
+            partial(compile_kernel, *decoding, {"num_warps": 4}, capability),
+        )
     constants = {"OUTPUTS": 3 * head_dim, "PARTS": 4, "HAS_BIAS": True, "BLOCK": 1024}
     add = (add_parts_kernel, (sums, number, number, 8), constants, {"num_warps": 4})
     yield "add parts", partial(compile_kernel, *add, capability)
 
 
-def expert_kernels(capability: int, head_dim: int) -> Iterator[tuple[str, Compile]]:
+def expert_kernels(
+    head_dim: int, capability: int, kinds: Sequence[Kind]
+) -> Iterator[tuple[str, Compile]]:
     """Both products of a mixture's experts, with few and many rows for each."""
     dtype = torch.bfloat16 if capability >= 80 else torch.float16
     number, sums = torch.empty(16, dtype=dtype), torch.empty(16)
     ints, order = (torch.empty(16, dtype=kind) for kind in (torch.int32, torch.int64))
     groups = (order, ints, ints, ints)
-    hidden, width = 8 * head_dim, 3 * head_dim // 32 * 32
+    hidden, width = 8 * head_dim, 3 * head_dim
     shapes = ((2 * width, hidden), (hidden, width))
     plain = [torch.zeros(2, *shape, dtype=dtype) for shape in shapes]
     cases: list[tuple[str, int, Sequence[torch.Tensor | GroupedWeight]]] = [
         ("16 rows", 16, plain),
         ("128 rows", 128, plain),
     ]
-    for kind in KINDS:
+    for kind in kinds:
         cases.append((kind, 16, [random_grouped(kind, *shape, experts=2) for shape in shapes]))
     for what, rows, weights in cases:
         inward, outward = (weight_form(weight, rows, BLOCK_N) for weight in weights)
@@ -239,6 +253,7 @@ def main() -> None:
     parser.add_argument("--capability", type=int, nargs="*", default=list(CAPABILITIES))
     parser.add_argument("--format", nargs="*", default=list(FORMATS))
     parser.add_argument("--kernel", nargs="*", help="only those of these names")
+    parser.add_argument("--kind", nargs="*", choices=KINDS, default=KINDS, help="of weights")
     parser.add_argument("--shape", default="128x8")
     parser.add_argument("--page-size", type=int, default=64)
     parser.add_argument("--stride", type=int, default=1, help="engine.kvp")
@@ -256,7 +271,7 @@ def main() -> None:
             for name in options.format:
                 work += [(name, *one) for one in latent_kernels(get_format(name), *where)]
         else:
-            work += [("all", *one) for one in shared_kernels(capability, *geometry)]
+            work += [("all", *one) for one in shared_kernels(capability, *geometry, options.kind)]
             for name in options.format:
                 fmt = get_format(name)
                 work += [(name, *one) for one in kernels_of(fmt, capability, *geometry)]

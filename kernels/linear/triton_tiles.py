@@ -21,9 +21,46 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
 
+from kvmesh.kernels.formats.fp8.triton import E4M3_PTX
 from kvmesh.kernels.formats.tiles_triton import KernelConstants
 from kvmesh.kernels.linear.grouped import MIDDLES, GroupedWeight
+
+
+def _uint4_ptx(half: int, last: str) -> str:
+    """Four bytes in $2 become two registers of two bf16 numbers each: 4 bits of a byte, as the
+    mantissa of 128, are 128 + code. All instructions take two numbers.
+
+    last: how x and y, that and -128 - zero or an offset ($3, $4), and scales ($5, $6) are computed
+    """
+    return f"""{{
+        .reg .b32 x, y, high, one, none, less;
+        mov.b32 high, 0x43434343;
+        mov.b32 one, 0x3f803f80;
+        mov.b32 none, 0x80008000;
+        mov.b32 less, 0xc300c300;
+        shr.b32 x, $2, {4 * half};
+        and.b32 y, x, 0x0f0f0f0f;
+        prmt.b32 x, y, high, 0x4140;
+        prmt.b32 y, y, high, 0x4342;
+        {last}
+    }}"""
+
+
+# (code - zero) * scale, and code * scale + offset, each rounded once.
+_ZEROS = """
+        fma.rn.bf16x2 x, x, one, $3;
+        fma.rn.bf16x2 y, y, one, $4;
+        fma.rn.bf16x2 $0, x, $5, none;
+        fma.rn.bf16x2 $1, y, $6, none;"""
+_OFFSETS = """
+        fma.rn.bf16x2 x, x, one, less;
+        fma.rn.bf16x2 y, y, one, less;
+        fma.rn.bf16x2 $0, x, $5, $3;
+        fma.rn.bf16x2 $1, y, $6, $4;"""
+LOW_ZEROS, HIGH_ZEROS = (tl.constexpr(_uint4_ptx(half, _ZEROS)) for half in (0, 1))
+LOW_OFFSETS, HIGH_OFFSETS = (tl.constexpr(_uint4_ptx(half, _OFFSETS)) for half in (0, 1))
 
 
 class WeightPointers(NamedTuple):
@@ -42,6 +79,7 @@ class WeightForm(KernelConstants):
     kind: as in `GroupedWeight`, or "plain" for a tensor [outputs, inputs]
     inputs, outputs: of the weight, or of each expert's
     groups: that share a scale; group: inputs of one
+    ptx: bf16 numbers may be made by inline PTX
     """
 
     kind: str
@@ -56,6 +94,7 @@ class WeightForm(KernelConstants):
     block_m: int
     block_n: int
     block_k: int
+    ptx: bool
 
     @property
     def halves(self) -> int:
@@ -75,7 +114,7 @@ class WeightForm(KernelConstants):
 
 @cache
 def _form(*fields: Any) -> WeightForm:
-    return WeightForm(*fields)
+    return WeightForm(*fields, ptx=not isinstance(load_codes, InterpretedFunction))
 
 
 def weight_form(weight: GroupedWeight | torch.Tensor, block_m: int, block_n: int) -> WeightForm:
@@ -158,16 +197,18 @@ def decode(
     weight, codes, half, first, offs_k, offs_n, mask_n, DTYPE: tl.constexpr, FORM: tl.constexpr
 ):
     """[block_k / halves, block_n] in DTYPE; finite for inputs beyond the last"""
+    TWO_BYTES: tl.constexpr = tl.bfloat16 == DTYPE and weight[1].dtype.element_ty == tl.bfloat16
     if FORM.kind == "plain":
         return codes
+    elif FORM.ptx and FORM.kind == "uint4" and TWO_BYTES:
+        return _decode_uint4(weight, codes, half, first, offs_k, offs_n, mask_n, FORM)
     else:
         return _decode(weight, codes, half, first, offs_k, offs_n, mask_n, DTYPE, FORM)
 
 
 @triton.jit
-def _decode(
-    weight, codes, half, first, offs_k, offs_n, mask_n, DTYPE: tl.constexpr, FORM: tl.constexpr
-):
+def _scales_of(weight, first, offs_k, offs_n, mask_n, FORM: tl.constexpr):
+    """Where the scales of a tile are, [1 or block_k / halves, block_n], and which exist"""
     if FORM.has_index:
         mask_k = offs_k < FORM.inputs
         group = tl.load(weight[3] + offs_k, mask=mask_k, other=0)[:, None]
@@ -177,14 +218,49 @@ def _decode(
         if FORM.groups > 1:
             group = first // FORM.group
         mask = mask_n[None, :]
-    at = group * FORM.outputs + offs_n[None, :]
+    return group * FORM.outputs + offs_n[None, :], mask
+
+
+@triton.jit
+def _decode_uint4(weight, codes, half, first, offs_k, offs_n, mask_n, FORM: tl.constexpr):
+    """With two bf16 numbers an instruction: products of two of them are rounded as in fp32."""
+    at, mask = _scales_of(weight, first, offs_k, offs_n, mask_n, FORM)
+    scales = tl.load(weight[1] + at, mask=mask, other=0.0)
+    if FORM.has_offsets:
+        zeros = tl.load(weight[2] + at, mask=mask, other=0.0)
+        PTX: tl.constexpr = HIGH_OFFSETS if half else LOW_OFFSETS
+    elif FORM.has_zeros:
+        zeros = -128.0 - tl.load(weight[2] + at, mask=mask, other=0).to(tl.float32)
+        PTX: tl.constexpr = HIGH_ZEROS if half else LOW_ZEROS
+    else:
+        zeros = tl.zeros_like(scales).to(tl.float32) - (128.0 + FORM.middle)
+        PTX: tl.constexpr = HIGH_ZEROS if half else LOW_ZEROS
+    return tl.inline_asm_elementwise(
+        PTX,
+        "=&r,=&r,r,r,r,r,r",
+        [codes, zeros.to(tl.bfloat16), scales],
+        dtype=tl.bfloat16,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
+def _decode(
+    weight, codes, half, first, offs_k, offs_n, mask_n, DTYPE: tl.constexpr, FORM: tl.constexpr
+):
+    at, mask = _scales_of(weight, first, offs_k, offs_n, mask_n, FORM)
     scales = tl.load(weight[1] + at, mask=mask, other=0)
     if FORM.kind == "e2m1":
         scales = (scales.to(tl.int32) << 23).to(tl.float32, bitcast=True)
     scales = scales.to(tl.float32)
     if FORM.halves == 2:
         codes = codes >> (4 * half) & 15
-    if FORM.kind == "e4m3":
+    if FORM.kind == "e4m3" and FORM.ptx and tl.bfloat16 == DTYPE:
+        values = tl.inline_asm_elementwise(
+            E4M3_PTX, "=&r,=&r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4
+        ).to(tl.float32)
+    elif FORM.kind == "e4m3":
         # The bits of an fp16 that is 2^8 times too small.
         bits = (codes & 127).to(tl.int16) << 7 | (codes & 128).to(tl.int16) << 8
         values = bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0

