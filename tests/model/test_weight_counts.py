@@ -45,9 +45,11 @@ class _Untied(RandomWeights):
 
 
 # Models that ranks divide in different ways.
-CODED = ("llama-tied", "phi3", "glm4", "internlm2", "qwen3-moe", "mixtral", "qwen3-next")
-CODED += ("recurrent-gemma", "qwen3.5-moe", "granite-hybrid", "bamba", "llama4", "deepseek-v3")
-CODED += ("gpt-oss",)
+CODED: tuple[str, ...] = (
+    *("llama-tied", "phi3", "glm4", "internlm2", "qwen3-moe", "mixtral", "qwen3-next"),
+    *("recurrent-gemma", "qwen3.5-moe", "granite-hybrid", "bamba", "llama4", "deepseek-v3"),
+    "gpt-oss",
+)
 
 
 def grouped_of(model: ServedModel) -> list[GroupedWeight]:
