@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvmesh.kernels.linear import GroupedFormat, GroupedWeight, quantise
 from kvmesh.workers.config import WeightFormatName
+from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.model import storage
 from kvmesh.workers.model.load import ServedModel, load_model
 from kvmesh.workers.parallel.comm import Communicator
@@ -166,3 +167,18 @@ def test_weights_are_rounded_at_load(
     if tied:
         assert found["head.weight"].data_ptr() == found["embed_tokens.weight"].data_ptr()
     assert sum(isinstance(weight, GroupedWeight) for weight in found.values()) > 4
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_weights_that_cannot_be_rounded_are_refused(
+    on_gpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "multiplies_grouped", lambda _device: on_gpu)
+    path = make_small_model("LlamaForCausalLM", tmp_path)
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = torch.nan
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match="int4 needs finite weights") as caught:
+        load(path, "int4")
+    assert caught.value.field == "weight_format"
+    load(path)

@@ -68,11 +68,12 @@ def _for_loops(weight_format: WeightFormatName) -> Storage:
     """Of CPUs, which compute in fp32."""
     if weight_format == "fp8":
         # Rounded as on GPUs, to measure what that costs; there is no loop for it.
-        return Storage(_in_fp8, _in_fp8, _in_fp8)
+        in_fp8 = _naming(_in_fp8)
+        return Storage(in_fp8, in_fp8, in_fp8)
     if weight_format == "decoded":
         return Storage(_as_it_is, _as_it_is, _as_it_is)
     head: PackedFormat = "int8" if weight_format == "int4" else weight_format
-    packed, packed_head = partial(_packed, weight_format), partial(_packed, head)
+    packed, packed_head = (_naming(partial(_packed, kind)) for kind in (weight_format, head))
     return Storage(packed, packed_head, packed_head)
 
 
@@ -81,7 +82,19 @@ def _as_it_is(weight: Tensor) -> Tensor:
 
 
 def _quantiser(weight_format: GroupedFormat) -> Pack:
-    return lambda weight: quantise(weight, weight_format)
+    return _naming(lambda weight: quantise(weight, weight_format))
+
+
+def _naming(pack_one: Pack) -> Pack:
+    """The same, with ConfigError for weights that cannot be rounded."""
+
+    def named(weight: Tensor) -> Stored:
+        try:
+            return pack_one(weight)
+        except ValueError as error:
+            raise ConfigError("weight_format", f"the checkpoint's {error}; use exact") from error
+
+    return named
 
 
 def _packed(weight_format: PackedFormat, weight: Tensor) -> PackedWeight:
