@@ -69,7 +69,7 @@ def _for_loops(weight_format: WeightFormatName) -> Storage:
     if weight_format == "fp8":
         # Rounded as on GPUs, to measure what that costs; there is no loop for it.
         in_fp8 = _naming(_in_fp8)
-        return Storage(in_fp8, in_fp8, in_fp8)
+        return Storage(in_fp8, in_fp8, partial(_packed, "exact"))
     if weight_format == "decoded":
         return Storage(_as_it_is, _as_it_is, _as_it_is)
     head: PackedFormat = "int8" if weight_format == "int4" else weight_format
