@@ -1,7 +1,8 @@
 """Which kernels compile for which GPUs, and whether they use tensor cores; needs no GPU.
 
     python benchmarks/compiled.py [--output FILE] [--capability 70 75 ...] [--format NAME ...]
-        [--kernel NAME ...] [--shape 128x8] [--page-size 64] [--stride 1] [--latent HEADS]
+        [--kernel NAME ...] [--kind NAME ...] [--shape 128x8] [--page-size 64] [--stride 1]
+        [--latent HEADS]
 
 Every kernel is compiled as the operators launch it, with everything that a layer or a batch may
 need: a window, a softcap, shared prefixes. GPUs before sm_80 have no bf16; they use fp16. If a
@@ -15,7 +16,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ import torch
 import triton
 
 from benchmarks.kernel_formats import FORMATS
+from benchmarks.random_model import KINDS, random_grouped
 from benchmarks.sass import compile_kernel, compile_launch
 from kvmesh.kernels.attention.latent_form import form_of, launch_options
 from kvmesh.kernels.attention.triton_decode import decode_merge_kernel
@@ -46,10 +48,21 @@ from kvmesh.kernels.attention.triton_parts import BatchPointers
 from kvmesh.kernels.attention.triton_prefill import prefill_merge_kernel
 from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.kernels.formats.registry import format_of_model, get_format
+from kvmesh.kernels.linear import GroupedWeight, Kind
+from kvmesh.kernels.linear.triton_grouped import (
+    FIXED_TILE,
+    add_parts_kernel,
+    decode_kernel,
+    form_for,
+    grouped_kernel,
+)
+from kvmesh.kernels.linear.triton_grouped import options as grouped_options
 from kvmesh.kernels.linear.triton_linear import OPTIONS, TILE, fixed_linear_kernel
+from kvmesh.kernels.linear.triton_tiles import pointers, weight_form
 from kvmesh.kernels.merge.triton_merge import merge_kernel
 from kvmesh.kernels.moe import GatedUnit
-from kvmesh.kernels.moe.triton_moe import down_kernel, gate_up_kernel, tiles, unit
+from kvmesh.kernels.moe.triton_moe import BLOCK_N, down_kernel, gate_up_kernel, unit
+from kvmesh.kernels.moe.triton_moe import options as expert_options
 from kvmesh.kernels.seal.triton_seal import NUM_WARPS, seal_form, seal_kernel
 from kvmesh.kernels.write.triton_write import write_kernel
 
@@ -97,9 +110,14 @@ def latent_kernels(
 
 
 def shared_kernels(
-    capability: int, head_dim: int, group: int, page_size: int, stride: int
+    capability: int,
+    head_dim: int,
+    group: int,
+    page_size: int,
+    stride: int,
+    kinds: Sequence[Kind] = KINDS,
 ) -> Iterator[tuple[str, Compile]]:
-    """Kernels that all formats share."""
+    """Kernels that all formats share. kinds: of weights in few bits, from sm_80 on"""
     number = torch.empty(16, dtype=torch.bfloat16 if capability >= 80 else torch.float16)
     ids = torch.empty(16, dtype=torch.int64)
     sizes = {"HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim)}
@@ -134,30 +152,71 @@ def shared_kernels(
     inputs = {"IN": 8 * head_dim, "OUT": 3 * head_dim, "PRECISION": "tf32"}
     fixed = (fixed_linear_kernel, (number, number, number, 8, 16), {**inputs, **TILE}, OPTIONS)
     yield "fixed linear", partial(compile_kernel, *fixed, capability)
-    yield from expert_kernels(capability, head_dim)
+    if capability >= 80:
+        yield from grouped_kernels(head_dim, capability, kinds)
+    yield from expert_kernels(head_dim, capability, kinds if capability >= 80 else ())
 
 
-def expert_kernels(capability: int, head_dim: int) -> Iterator[tuple[str, Compile]]:
-    """Both products of a mixture's experts, with few and many rows for each."""
+def grouped_kernels(
+    head_dim: int, capability: int, kinds: Sequence[Kind]
+) -> Iterator[tuple[str, Compile]]:
+    """Products with weights in few bits, for few, many and any rows, and decoding them."""
     number = torch.empty(16, dtype=torch.bfloat16 if capability >= 80 else torch.float16)
-    ints, order, sums = (
-        torch.empty(16, dtype=kind) for kind in (torch.int32, torch.int64, torch.float32)
-    )
-    groups = (order, ints, ints, ints)
-    inner = {"HIDDEN": 8 * head_dim, "WIDTH": 3 * head_dim, "HAS_BIAS": True}
-    for rows in (16, 128):
-        how = tiles(torch.bfloat16, rows)
-        options = {name: how.pop(name) for name in ("num_warps", "num_stages")}
-        gated = {**unit(GatedUnit(1.702, 7.0, 1.0)), **inner, "TOP_K": 8, **how}
-        gate_up = (gate_up_kernel, (number, *groups, number, number, number, 8), gated, options)
-        yield f"experts, gate and up, {rows} rows", partial(compile_kernel, *gate_up, capability)
-        down = (
-            down_kernel,
-            (number, *groups, number, number, sums, sums, 8),
-            {**inner, **how},
-            options,
+    sums = torch.empty(16)
+    for kind in kinds:
+        weight = random_grouped(kind, 3 * head_dim, 8 * head_dim)
+        for rows, form in (
+            ("few rows", form_for(weight, 1)),
+            ("many rows", form_for(weight, 1000)),
+            ("fixed", weight_form(weight, *FIXED_TILE)),
+        ):
+            arguments = (number, pointers(weight), number, number, 8, 16, 4)
+            constants = {"HAS_BIAS": True, "FORM": form}
+            how = grouped_options(form, torch.bfloat16)
+            constants["PRECISION"] = how.pop("PRECISION")
+            yield (
+                f"grouped linear, {kind}, {rows}",
+                partial(compile_kernel, grouped_kernel, arguments, constants, how, capability),
+            )
+        form = weight_form(weight, 16, 64)
+        decoding = (decode_kernel, (pointers(weight), number, 0, 64), {"FORM": form})
+        yield (
+            f"decoded weights, {kind}",
+            partial(compile_kernel, *decoding, {"num_warps": 4}, capability),
         )
-        yield f"experts, down, {rows} rows", partial(compile_kernel, *down, capability)
+    constants = {"OUTPUTS": 3 * head_dim, "PARTS": 4, "HAS_BIAS": True, "BLOCK": 1024}
+    add = (add_parts_kernel, (sums, number, number, 8), constants, {"num_warps": 4})
+    yield "add parts", partial(compile_kernel, *add, capability)
+
+
+def expert_kernels(
+    head_dim: int, capability: int, kinds: Sequence[Kind]
+) -> Iterator[tuple[str, Compile]]:
+    """Both products of a mixture's experts, with few and many rows for each."""
+    dtype = torch.bfloat16 if capability >= 80 else torch.float16
+    number, sums = torch.empty(16, dtype=dtype), torch.empty(16)
+    ints, order = (torch.empty(16, dtype=kind) for kind in (torch.int32, torch.int64))
+    groups = (order, ints, ints, ints)
+    hidden, width = 8 * head_dim, 3 * head_dim
+    shapes = ((2 * width, hidden), (hidden, width))
+    plain = [torch.zeros(2, *shape, dtype=dtype) for shape in shapes]
+    cases: list[tuple[str, int, Sequence[torch.Tensor | GroupedWeight]]] = [
+        ("16 rows", 16, plain),
+        ("128 rows", 128, plain),
+    ]
+    for kind in kinds:
+        cases.append((kind, 16, [random_grouped(kind, *shape, experts=2) for shape in shapes]))
+    for what, rows, weights in cases:
+        inward, outward = (weight_form(weight, rows, BLOCK_N) for weight in weights)
+        how = expert_options(inward, torch.bfloat16)
+        constants = {"HAS_BIAS": True, "PRECISION": how.pop("PRECISION")}
+        gated = {**unit(GatedUnit(1.702, 7.0, 1.0)), **constants, "TOP_K": 8, "FORM": inward}
+        arguments = (number, *groups, pointers(weights[0]), number, number, 8)
+        gate_up = (gate_up_kernel, arguments, gated, how)
+        yield f"experts, gate and up, {what}", partial(compile_kernel, *gate_up, capability)
+        last = (number, *groups, pointers(weights[1]), number, sums, sums, 8)
+        down = (down_kernel, last, {**constants, "FORM": outward}, how)
+        yield f"experts, down, {what}", partial(compile_kernel, *down, capability)
 
 
 def compile_pages(launch: Launch, capability: int) -> Any:
@@ -194,6 +253,7 @@ def main() -> None:
     parser.add_argument("--capability", type=int, nargs="*", default=list(CAPABILITIES))
     parser.add_argument("--format", nargs="*", default=list(FORMATS))
     parser.add_argument("--kernel", nargs="*", help="only those of these names")
+    parser.add_argument("--kind", nargs="*", choices=KINDS, default=KINDS, help="of weights")
     parser.add_argument("--shape", default="128x8")
     parser.add_argument("--page-size", type=int, default=64)
     parser.add_argument("--stride", type=int, default=1, help="engine.kvp")
@@ -211,7 +271,7 @@ def main() -> None:
             for name in options.format:
                 work += [(name, *one) for one in latent_kernels(get_format(name), *where)]
         else:
-            work += [("all", *one) for one in shared_kernels(capability, *geometry)]
+            work += [("all", *one) for one in shared_kernels(capability, *geometry, options.kind)]
             for name in options.format:
                 fmt = get_format(name)
                 work += [(name, *one) for one in kernels_of(fmt, capability, *geometry)]

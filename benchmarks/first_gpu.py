@@ -5,8 +5,9 @@
 In this order, in about ten minutes on an H100; torch, triton and transformers are enough:
 
     correct    every served format's decode and prefill kernels against plain torch in fp64; far
-               keys; bits that must not depend on a batch
+               keys; bits that must not depend on a batch; weights in few bits
     ceilings   a large copy's bandwidth, and a large bf16 product's FLOPs
+    weights    products with weights in few bits: share of the bandwidth, times the library's time
     decode     attention's share of the bandwidth by batch and context; SDPA and FlashInfer
     prefill    attention's share of the product's FLOPs, for a chunk after a prefix
     step       time per output token of a Llama-3-8B with random weights, with CUDA graphs
@@ -28,6 +29,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +41,11 @@ if not torch.cuda.is_available():
 from benchmarks import attention, decode, sums, throughput
 from benchmarks.baselines import Shape, measure_baselines
 from benchmarks.device import DEVICE, conditions, copy_bandwidth, seconds
-from benchmarks.random_model import SHAPES, dtype_on, random_model
+from benchmarks.random_model import KINDS, SHAPES, dtype_on, random_grouped, random_model
 from kvmesh.kernels.attention import AttentionBatch, far_attention, paged_attention
 from kvmesh.kernels.formats.registry import get_format
-from kvmesh.kernels.linear import fixed_linear
+from kvmesh.kernels.linear import Kind, fixed_linear, grouped_linear
+from kvmesh.kernels.moe import expert_mlp
 from kvmesh.kernels.seal import seal_pages
 
 SERVED = ("exact", "int8", "int4", "k8v4", "k4v4", "k4v2", "k3v2", "k2v2", "fp8")
@@ -110,6 +113,8 @@ def correct(tiny: bool) -> Rows:
         rows.append({"kernel": "prefill", "format": name, "error": error, "allowed": allowed})
         rows.append(far_keys(name, tiny))
     rows.append(fixed_linears(tiny))
+    rows += [grouped_linears(kind, count, tiny) for kind in KINDS for count in (1, 16, 200, 2048)]
+    rows += [grouped_experts(kind, tiny) for kind in KINDS]
     wrong = [row for row in rows if not row["error"] <= row["allowed"]]
     if wrong:
         raise SystemExit(f"wrong results: {wrong}")
@@ -154,6 +159,74 @@ def fixed_linears(tiny: bool) -> dict[str, Any]:
         "allowed": 0,
         "x_library": took_s / library_s,
     }
+
+
+def grouped_linears(kind: Kind, count: int, tiny: bool) -> dict[str, Any]:
+    """The error of a product with weights in few bits against fp64, and twice that of the library's
+    with the decoded weights."""
+    outputs, size = (70, 96) if tiny else (4096, 4096)
+    weight = random_grouped(kind, outputs, size).to(DEVICE)
+    x = torch.randn(min(count, 70) if tiny else count, size, device=DEVICE).to(attention.DTYPE)
+    decoded = weight.decoded().to(x.dtype)
+    exact = x.double() @ decoded.double().T
+    plain = torch.nn.functional.linear(x, decoded)
+    found = [
+        grouped_linear(x, weight, deterministic=fixed, backend="triton") for fixed in (False, True)
+    ]
+    allowed = 2 * float((plain.double() - exact).abs().max()) + 1e-6 * float(exact.abs().max())
+    return {
+        "kernel": "grouped linear",
+        "format": kind,
+        "rows": len(x),
+        "error": max(float((one.double() - exact).abs().max()) for one in found),
+        "allowed": allowed,
+    }
+
+
+def grouped_experts(kind: Kind, tiny: bool) -> dict[str, Any]:
+    """Experts in few bits against the same kernels with the decoded weights."""
+    experts, hidden, width = (3, 64, 32) if tiny else (8, 2048, 768)
+    stored = [
+        random_grouped(kind, outputs, size, experts=experts).to(DEVICE)
+        for outputs, size in ((2 * width, hidden), (hidden, width))
+    ]
+    x = torch.randn(9, hidden, device=DEVICE).to(attention.DTYPE)
+    shares, chosen = torch.randn(9, experts, device=DEVICE).softmax(-1).topk(2, dim=-1)
+    plain = [weight.decoded().to(x.dtype).contiguous() for weight in stored]
+    found = expert_mlp(x, chosen, shares, stored[0], stored[1], backend="triton").double()
+    expected = expert_mlp(x, chosen, shares, plain[0], plain[1], backend="triton").double()
+    return {
+        "kernel": "experts",
+        "format": kind,
+        "error": float((found - expected).abs().max()),
+        "allowed": 0.01 * float(expected.abs().max()),
+    }
+
+
+def weights(tiny: bool) -> Rows:
+    """Products of a Llama-3-8B's largest linear with weights in few bits: their share of the
+    bandwidth, and how many times as long they take as the library's with bf16."""
+    outputs, size = (64, 64) if tiny else (28672, 4096)
+    bandwidth = copy_bandwidth()
+    plain = torch.randn(outputs, size, device=DEVICE).to(attention.DTYPE)
+    rows: Rows = []
+    for kind in KINDS:
+        weight = random_grouped(kind, outputs, size).to(DEVICE)
+        for count in (1,) if tiny else (1, 16, 64, 256, 1024, 8192):
+            x = torch.randn(count, size, device=DEVICE).to(attention.DTYPE)
+            took_s = seconds(partial(grouped_linear, x, weight, backend="triton"))
+            library_s = seconds(partial(torch.nn.functional.linear, x, plain))
+            rows.append(
+                {
+                    "kind": kind,
+                    "rows": count,
+                    "us": took_s * 1e6,
+                    "share": weight.num_bytes / took_s / bandwidth,
+                    "x_library": took_s / library_s,
+                }
+            )
+            print(rows[-1], flush=True)
+    return rows
 
 
 def ceilings(tiny: bool) -> Rows:
@@ -231,6 +304,7 @@ def rank_sums(tiny: bool) -> Rows:
 SECTIONS: dict[str, Callable[[bool], Rows]] = {
     "correct": correct,
     "ceilings": ceilings,
+    "weights": weights,
     "decode": decode_attention,
     "prefill": prefill_attention,
     "step": decode_step,

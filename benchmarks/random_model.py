@@ -13,6 +13,7 @@ import torch
 from transformers import LlamaConfig
 
 from kvmesh.kernels.formats.registry import get_format
+from kvmesh.kernels.linear import GroupedWeight, Kind
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.executor import Allocation, MakeMasks, RankDescription
 from kvmesh.workers.model.facts import ModelFacts
@@ -97,6 +98,7 @@ class RandomWeights:
 
     def __init__(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> None:
         self.dtype = dtype
+        self.keeps_bits = False
         self._device = device
         self._generator = torch.Generator(device).manual_seed(seed)
 
@@ -120,11 +122,36 @@ class RandomWeights:
         sizes = [len(range(*at.indices(size))) for at, size in zip(index, shape, strict=False)]
         return self.whole(name, torch.Size((*sizes, *shape[len(index) :])))
 
+    def kept(self, name: str, shape: torch.Size) -> None:
+        """None: none is quantised."""
+
     def leave(self, name: str, shape: torch.Size) -> None:
         """Does nothing: every tensor exists."""
 
     def check_all_read(self) -> None:
         """Does nothing: every tensor exists."""
+
+
+KINDS: tuple[Kind, ...] = ("uint4", "uint8", "e4m3", "e2m1")
+
+
+def random_grouped(
+    kind: Kind, num_outputs: int, num_inputs: int, *, experts: int | None = None
+) -> GroupedWeight:
+    """A weight of random codes on the CPU, coded as checkpoints are that have this kind most often:
+    in groups of 128, or 32 of e2m1, with zeros of uint4 alone."""
+    leading = () if experts is None else (experts,)
+    rows = num_inputs if kind in ("uint8", "e4m3") else -(-num_inputs // 32) * 16
+    group = 32 if kind == "e2m1" else 128
+    codes = torch.randint(0, 256, (*leading, rows, num_outputs), dtype=torch.uint8)
+    if kind == "e4m3":
+        codes &= 0xF7  # no NaN
+    shape = (*leading, -(-num_inputs // group), num_outputs)
+    scales = (torch.rand(shape) + 0.5).div_(100).bfloat16()
+    if kind == "e2m1":
+        scales = torch.randint(118, 122, shape, dtype=torch.uint8)
+    zeros = torch.randint(1, 16, shape, dtype=torch.uint8) if kind == "uint4" else None
+    return GroupedWeight(kind, codes, scales, zeros, group, None, num_inputs)
 
 
 def random_model(

@@ -123,6 +123,7 @@ def _on_gpus(config: ClusterConfig, path: Path, nodes: NodeGpus) -> tuple[Layout
         context=config.engine.max_model_len or model.max_model_len,
         page_size=config.engine.page_size,
         gpu_memory_utilization=config.engine.gpu_memory_utilization,
+        weight_format=config.engine.weight_format,
     )
     gpu = _gpu(min(size for node in nodes for size in node))
     plan, target = _best(config, model, gpu, found, target)

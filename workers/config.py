@@ -7,7 +7,7 @@ The control plane nests `EngineSettings` in its YAML file. An engine is built fr
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -91,6 +91,10 @@ PageSize = Annotated[
 ]
 
 
+WeightFormatName = Literal["exact", "int8", "int4", "fp8", "decoded"]
+WEIGHT_FORMATS: tuple[WeightFormatName, ...] = get_args(WeightFormatName)
+
+
 class EngineSettings(Settings):
     """One group's engine."""
 
@@ -113,10 +117,11 @@ class EngineSettings(Settings):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="Compute dtype; auto: bfloat16 on GPUs, float32 on CPUs"
     )
-    weight_format: Literal["exact", "int8", "int4"] = Field(
+    weight_format: WeightFormatName = Field(
         default="exact",
-        description="How weights are stored; exact: on CPUs in the fewest bits that hold their "
-        "values; int8, int4: rounded, with scales for each 32 inputs, on CPUs only",
+        description="How weights are stored; exact: on GPUs as in the checkpoint, on CPUs in the "
+        "fewest bits that hold their values; int8, int4, fp8: rounded at load; decoded: in the "
+        "compute dtype",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto: GPUs if there are any"

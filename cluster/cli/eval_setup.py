@@ -37,7 +37,10 @@ RecentOption = Annotated[
 ]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, or auto as in `serve`.")]
 WeightFormatOption = Annotated[
-    str, typer.Option("--weight-format", help="How weights are stored: exact, int8 or int4.")
+    str,
+    typer.Option(
+        "--weight-format", help="How weights are stored: exact, int8, int4, fp8 or decoded."
+    ),
 ]
 CalibrationOption = Annotated[
     str,

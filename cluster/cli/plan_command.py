@@ -14,7 +14,7 @@ from kvmesh.cluster.cli.console import print_json
 from kvmesh.cluster.cli.exits import errors_by_option
 from kvmesh.cluster.cli.options import JsonOption, QuietOption
 from kvmesh.cluster.cli.plan_view import as_fields, show
-from kvmesh.workers.config import PAGE_SIZES
+from kvmesh.workers.config import PAGE_SIZES, WEIGHT_FORMATS
 from kvmesh.workers.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -53,6 +53,12 @@ def plan(
     gpu_memory_utilization: Annotated[
         float, typer.Option(help="Share of a GPU that weights, activations and KV may fill.")
     ] = 0.9,
+    weight_format: Annotated[
+        str,
+        typer.Option(
+            help="How weights are stored: exact (as in the checkpoint), int8, int4, fp8 or decoded."
+        ),
+    ] = "exact",
     every: Annotated[
         bool, typer.Option("--all", help="Print every layout with every format.")
     ] = False,
@@ -73,6 +79,7 @@ def plan(
             concurrency=_concurrency(concurrency),
             page_size=_page_size(page_size),
             gpu_memory_utilization=_share(gpu_memory_utilization),
+            weight_format=_weight_format(weight_format),
         )
         named = _formats(kv_format)
         plans = make_plans(found, device, gpus, named or default_formats(found, page_size), target)
@@ -149,6 +156,16 @@ def _page_size(size: int) -> int:
             "page_size", f"must be one of {', '.join(map(str, PAGE_SIZES))}; got {size}"
         )
     return size
+
+
+def _weight_format(name: str) -> str:
+    if name not in WEIGHT_FORMATS:
+        raise ConfigError(
+            "weight_format",
+            f"must be one of {', '.join(WEIGHT_FORMATS)}; "
+            f"got {name!r}{_hint(name, WEIGHT_FORMATS)}",
+        )
+    return name
 
 
 def _share(share: float) -> float:

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kvmesh.cluster.cli.console import human_seconds, jsonable, notes, out
+from kvmesh.workers.model.weight_coding import StoredWeights
 
 if TYPE_CHECKING:
     from kvmesh.cluster.planner.model import PlannedModel
@@ -45,7 +46,10 @@ def show(
         soft_wrap=True,
     )
     at_once = "one sequence" if target.concurrency == 1 else f"{target.concurrency} sequences"
-    out.print(f"{gpus} × {gpu.name}, {at_once} of {target.context:,} tokens, weights in bfloat16")
+    weights = f"weights {target.weight_format}"
+    if not StoredWeights.of(target.weight_format, model.config).is_coded:
+        weights = "weights in bfloat16"
+    out.print(f"{gpus} × {gpu.name}, {at_once} of {target.context:,} tokens, {weights}")
     shown = best or _closest(plans)
     if every:
         out.print(_table(plans, best, "layout", "KV format", "KV\nGiB", *_RESULTS))

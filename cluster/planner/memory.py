@@ -15,6 +15,7 @@ from kvmesh.cluster.planner.model import PlannedModel
 from kvmesh.cluster.simulator.hardware import Gpu
 from kvmesh.cluster.simulator.service_time import BF16_BYTES
 from kvmesh.workers.model.sizes import ModelSizes
+from kvmesh.workers.model.weight_coding import StoredWeights
 from kvmesh.workers.sizes import kv_heads_of_rank
 
 # What the driver, CUDA's context, compiled kernels and NCCL's buffers take: NVML counts 0.5 to
@@ -23,6 +24,8 @@ CONTEXT_BYTES = 3 << 29
 # Rows of logits of the largest step that are computed at once, see workers/runner.py.
 LOGITS_ROWS = 128
 FP32_BYTES = 4
+# Weights in few bits that a large step has decoded at a time, see kernels/linear/triton_grouped.py.
+DECODED_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,16 +55,20 @@ def rank_memory(
     max_num_batched_tokens: int,
     max_num_seqs: int,
     gpu_memory_utilization: float,
+    weight_format: str = "exact",
 ) -> RankMemory:
-    """Of the rank that has most, with weights in bfloat16; the settings as in `engine`."""
+    """Of the rank that has most; the settings as in `engine`."""
+    activations = activation_bytes(
+        model.sizes, layout.tp, max_num_batched_tokens, max_num_seqs, kvp=layout.kvp
+    )
+    if StoredWeights.of(weight_format, model.config).is_coded:
+        activations += DECODED_BYTES
     return RankMemory(
         total_bytes=gpu.nvml_bytes,
         free_bytes=round((1.0 - gpu_memory_utilization) * gpu.nvml_bytes),
         context_bytes=CONTEXT_BYTES,
-        weight_bytes=BF16_BYTES * model.counts.of_rank(layout.tp, layout.kvp),
-        activation_bytes=activation_bytes(
-            model.sizes, layout.tp, max_num_batched_tokens, max_num_seqs, kvp=layout.kvp
-        ),
+        weight_bytes=model.weight_bytes(weight_format, layout.tp, layout.kvp),
+        activation_bytes=activations,
     )
 
 

@@ -17,6 +17,7 @@ from kvmesh.workers.model.facts import check_supported, read_json
 from kvmesh.workers.model.rope_scaling import RopeScaling
 from kvmesh.workers.model.sizes import ModelSizes
 from kvmesh.workers.model.standard_keys import standard_keys
+from kvmesh.workers.model.weight_coding import StoredWeights
 
 if TYPE_CHECKING:
     from kvmesh.workers.model.weight_counts import WeightCounts
@@ -27,15 +28,22 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 @dataclass(frozen=True, slots=True)
 class PlannedModel:
     """name: as `kvmesh serve --model` takes it
+    config: of its config.json
     max_model_len: positions that the model supports, in tokens
     obstacle: why this version does not serve the model, None if it does
     """
 
     name: str
+    config: Mapping[str, Any]
     sizes: ModelSizes
     counts: WeightCounts
     max_model_len: int
     obstacle: str | None
+
+    def weight_bytes(self, weight_format: str, tp: int = 1, kvp: int = 1) -> int:
+        """Of the rank that has most; weight_format: as in `engine`"""
+        stored = StoredWeights.of(weight_format, self.config)
+        return self.counts.bytes_of_rank(tp, kvp, stored)
 
     @property
     def shape(self) -> ModelShape:
@@ -108,6 +116,7 @@ def _of_config(config: Mapping[str, Any], source: Path | str, name: str) -> Plan
         )
     return PlannedModel(
         name=name,
+        config=config,
         sizes=sizes,
         counts=WeightCounts.of(sizes, config, source),
         max_model_len=RopeScaling.of(config).max_model_len(with_positions),

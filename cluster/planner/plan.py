@@ -49,12 +49,14 @@ class Target:
 
     context: tokens of a sequence, prompt and output together
     concurrency: sequences of that length that run at once, on all groups together
+    weight_format: as in `engine`
     """
 
     context: int
     concurrency: int = 1
     page_size: int = DEFAULTS.page_size
     gpu_memory_utilization: float = DEFAULTS.gpu_memory_utilization
+    weight_format: str = DEFAULTS.weight_format
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +173,7 @@ def serve_command(model: PlannedModel, plan: Plan, target: Target) -> str:
             target.gpu_memory_utilization,
             DEFAULTS.gpu_memory_utilization,
         ),
+        ("weight_format", target.weight_format, DEFAULTS.weight_format),
     ]
     words += [f"--set engine.{name}={value}" for name, value, usual in settings if value != usual]
     return " ".join(words)
@@ -211,6 +214,7 @@ def _plan_with(
         max_num_batched_tokens=limits.max_num_batched_tokens,
         max_num_seqs=limits.max_num_seqs,
         gpu_memory_utilization=target.gpu_memory_utilization,
+        weight_format=target.weight_format,
     )
     geometry = _geometry(model, fmt, target.page_size, layout, settings)
     budget = memory.kv_bytes if settings.kv_memory_bytes is None else settings.kv_memory_bytes
@@ -311,10 +315,12 @@ def _times(
     """Time to the first token of a prompt alone, and per token with `decoding` sequences."""
     shape = EngineShape(gpu, model.shape, fmt, gpus=layout.ranks, page_size=target.page_size)
     service = ServiceTime.of(shape)
+    # Of the bytes of all weights in bfloat16; embeddings are among them, so that it is a bound.
+    stored = model.weight_bytes(target.weight_format) / (BF16_BYTES * model.counts.total)
 
     def reading(tokens: int) -> ServiceTime:
         """With the weights that a step of that many tokens reads."""
-        share = model.numbers_read(tokens) / model.counts.multiplied
+        share = stored * model.numbers_read(tokens) / model.counts.multiplied
         return dataclasses.replace(service, weights_s=service.weights_s * share)
 
     first_s = reading(chunk_tokens).alone(target.context, chunk_tokens)

@@ -1,7 +1,22 @@
 """Linears whose weights are stored in few bits, or whose bits depend on no other row."""
 
+from kvmesh.kernels.linear.grouped import GroupedFormat, GroupedWeight, Kind, grouped, quantise
 from kvmesh.kernels.linear.numba_linear import prepare
-from kvmesh.kernels.linear.op import fixed_linear, linear
+from kvmesh.kernels.linear.op import fixed_linear, grouped_linear, linear
 from kvmesh.kernels.linear.packed import PackedWeight, WeightFormat, pack, unpack
 
-__all__ = ["PackedWeight", "WeightFormat", "fixed_linear", "linear", "pack", "prepare", "unpack"]
+__all__ = [
+    "GroupedFormat",
+    "GroupedWeight",
+    "Kind",
+    "PackedWeight",
+    "WeightFormat",
+    "fixed_linear",
+    "grouped",
+    "grouped_linear",
+    "linear",
+    "pack",
+    "prepare",
+    "quantise",
+    "unpack",
+]

@@ -1,4 +1,4 @@
-"""The public operator `linear`."""
+"""The public operators `linear`, `fixed_linear` and `grouped_linear`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvmesh.kernels import gpu
 from kvmesh.kernels.linear import numba_linear, reference
+from kvmesh.kernels.linear.grouped import GroupedWeight
 from kvmesh.kernels.linear.packed import PackedWeight
 
 
@@ -61,6 +62,38 @@ def fixed_linear(
     out = triton_linear.fixed_linear(rows if rows.stride(1) == 1 else rows.contiguous(), weight)
     if bias is not None:
         out += bias
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def grouped_linear(
+    x: Tensor,
+    weight: GroupedWeight,
+    bias: Tensor | None = None,
+    *,
+    deterministic: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """x W^T + b, where W's weights are decoded in registers, and sums are in fp32.
+
+    x: [..., in_features] bf16, fp16 or fp32
+    weight: [out_features, in_features]; its values are rounded to the dtype of x
+    bias: [out_features] or None, in the dtype of x
+    deterministic: a row's result has the same bits in any batch, if the kernel computes it
+    backend: None picks the kernel on GPUs and plain torch elsewhere, or where gradients are needed
+    Returns [..., out_features] like x. On GPUs nothing synchronises with the host.
+    """
+    if weight.dim() != 2 or x.shape[-1] != weight.in_features or not x.is_floating_point():
+        raise ValueError(
+            f"x: expected [..., {weight.in_features}] of a float dtype for a weight of"
+            f" {list(weight.shape)}, got {list(x.shape)} {x.dtype}"
+        )
+    if not gpu.picks_kernel(x, "reference" if x.requires_grad else backend):
+        return F.linear(x, weight.decoded().to(x.dtype), bias)
+    from kvmesh.kernels.linear import triton_grouped
+
+    rows = x.reshape(-1, x.shape[-1])
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    out = triton_grouped.grouped_linear(rows, weight, bias, deterministic=deterministic)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 

@@ -6,16 +6,21 @@ from collections.abc import Callable
 
 import torch
 
+from kvmesh.kernels.linear import GroupedWeight, PackedWeight
 from kvmesh.kernels.moe import reference
 from kvmesh.kernels.moe.glu import SWIGLU, GatedUnit
+
+# Of all experts: tensors, or for GPUs in 4 or 8 bits, [num_experts, outputs, inputs]; for CPUs
+# packed, [num_experts * outputs, inputs].
+ExpertWeights = torch.Tensor | GroupedWeight | PackedWeight
 
 
 def expert_mlp(
     x: torch.Tensor,
     experts: torch.Tensor,
     weights: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: ExpertWeights,
+    down: ExpertWeights,
     *,
     glu: GatedUnit = SWIGLU,
     gate_up_bias: torch.Tensor | None = None,
@@ -29,7 +34,8 @@ def expert_mlp(
         [0, num_experts) belong to another rank and add nothing
     weights: [num_tokens, top_k], of the experts in the sum
     gate_up: [num_experts, 2 * width, hidden], dtype of x; first the rows of the gate
-    down: [num_experts, hidden, width]
+    down: [num_experts, hidden, width]; both are tensors, `GroupedWeight`, or on CPUs `PackedWeight`
+        [num_experts * 2 * width, hidden] and [num_experts * hidden, width]
     gate_up_bias: [num_experts, 2 * width] or None; down_bias: [num_experts, hidden] or None
     backend: None picks the kernels on GPUs and plain torch elsewhere
     Returns [num_tokens, hidden] like x. On GPUs nothing synchronises with the host and no
@@ -37,16 +43,22 @@ def expert_mlp(
     so that its result depends on no other token.
     Raises ValueError naming the argument.
     """
-    num_experts, double, hidden = gate_up.shape if gate_up.dim() == 3 else (0, 0, 0)
-    if x.dim() != 2 or double % 2 or x.shape[1] != hidden or gate_up.dtype != x.dtype:
+    for name, weight in (("gate_up", gate_up), ("down", down)):
+        if isinstance(weight, torch.Tensor) and weight.dtype != x.dtype:
+            raise ValueError(f"{name}: expected {x.dtype} as of x, got {weight.dtype}")
+    num_experts, double, hidden = _sizes(gate_up, down)
+    if x.dim() != 2 or double % 2 or x.shape[1] != hidden:
         raise ValueError(
-            "x, gate_up: expected [num_tokens, hidden] and [num_experts, 2 * width, hidden] of "
-            f"one dtype, got {tuple(x.shape)} {x.dtype} and {tuple(gate_up.shape)} {gate_up.dtype}"
+            "x, gate_up: expected [num_tokens, hidden] and [num_experts, 2 * width, hidden], "
+            f"got {tuple(x.shape)} and {tuple(gate_up.shape)}"
         )
-    if down.shape != (num_experts, hidden, double // 2) or down.dtype != x.dtype:
+    wanted: tuple[int, ...] = (num_experts, hidden, double // 2)
+    if isinstance(down, PackedWeight):
+        wanted = (num_experts * hidden, double // 2)
+    if type(down) is not type(gate_up) or tuple(down.shape) != wanted:
         raise ValueError(
-            f"down: expected {(num_experts, hidden, double // 2)} {x.dtype}, "
-            f"got {tuple(down.shape)} {down.dtype}"
+            f"down: expected {wanted} stored like gate_up, got {tuple(down.shape)} "
+            f"in a {type(down).__name__}"
         )
     if experts.dim() != 2 or experts.shape[0] != x.shape[0] or weights.shape != experts.shape:
         raise ValueError(
@@ -69,6 +81,17 @@ def expert_mlp(
         gate_up_bias=gate_up_bias,
         down_bias=down_bias,
     )
+
+
+def _sizes(gate_up: ExpertWeights, down: ExpertWeights) -> tuple[int, int, int]:
+    """Experts, twice their width, and hidden; zeros if gate_up's shape is none of theirs."""
+    if isinstance(gate_up, PackedWeight):
+        double = 2 * down.shape[-1]
+        return gate_up.shape[0] // double, double, gate_up.in_features
+    if gate_up.dim() != 3:
+        return 0, 0, 0
+    num_experts, double, hidden = gate_up.shape
+    return num_experts, double, hidden
 
 
 def _implementation(x: torch.Tensor, backend: str | None) -> Callable[..., torch.Tensor]:

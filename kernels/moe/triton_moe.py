@@ -16,7 +16,19 @@ import torch
 import triton
 import triton.language as tl
 
+from kvmesh.kernels.linear import GroupedWeight
+from kvmesh.kernels.linear.triton_tiles import (
+    WeightForm,
+    decode,
+    expert_of,
+    inputs_of,
+    load_codes,
+    pointers,
+    weight_form,
+)
 from kvmesh.kernels.moe.glu import GatedUnit
+
+BLOCK_N = 64  # outputs of a tile
 
 
 @triton.jit
@@ -26,27 +38,29 @@ def gate_up_kernel(
     starts_ptr,
     block_starts_ptr,
     block_experts_ptr,
-    weight_ptr,
+    weights,
     bias_ptr,
     out_ptr,
     num_experts,
     TOP_K: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    WIDTH: tl.constexpr,
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
     SHIFT: tl.constexpr,
     HAS_LIMIT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    FORM: tl.constexpr,
 ):
-    """out [assignments, WIDTH], sorted: the gated unit of each assignment.
+    """out [assignments, width], sorted: the gated unit of each assignment.
 
-    x [tokens, HIDDEN]; weight [num_experts, 2 * WIDTH, HIDDEN]; bias [num_experts, 2 * WIDTH]
+    x [tokens, hidden]; weights: of [num_experts, 2 * width, hidden]; bias [num_experts, 2 * width]
     """
+    BLOCK_M: tl.constexpr = FORM.block_m
+    BLOCK_N: tl.constexpr = FORM.block_n
+    BLOCK_K: tl.constexpr = FORM.block_k
+    HALVES: tl.constexpr = FORM.halves
+    HIDDEN: tl.constexpr = FORM.inputs
+    WIDTH: tl.constexpr = FORM.outputs // 2
     block = tl.program_id(0)
     expert = tl.load(block_experts_ptr + block)
     if expert < num_experts:
@@ -56,25 +70,28 @@ def gate_up_kernel(
         tokens = (tl.load(order_ptr + offs_m, mask=mask_m, other=0) // TOP_K).to(tl.int64)
         offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         mask_n = offs_n < WIDTH
-        rows = expert.to(tl.int64) * (2 * WIDTH) + offs_n
+        ups = offs_n + WIDTH
+        weight = expert_of(weights, expert, FORM)
         gate = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
         up = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
         for start in range(0, HIDDEN, BLOCK_K):
-            offs_k = start + tl.arange(0, BLOCK_K)
-            mask_k = offs_k < HIDDEN
-            x = tl.load(
-                x_ptr + tokens[:, None] * HIDDEN + offs_k[None, :],
-                mask=mask_m[:, None] & mask_k[None, :],
-                other=0.0,
-            )
-            at = weight_ptr + rows[None, :] * HIDDEN + offs_k[:, None]
-            mask = mask_k[:, None] & mask_n[None, :]
-            gate = tl.dot(x, tl.load(at, mask=mask, other=0.0), gate, input_precision=PRECISION)
-            w_up = tl.load(at + WIDTH * HIDDEN, mask=mask, other=0.0)
-            up = tl.dot(x, w_up, up, input_precision=PRECISION)
+            gate_codes = load_codes(weight, start, offs_n, mask_n, FORM)
+            up_codes = load_codes(weight, start, ups, mask_n, FORM)
+            for half in tl.static_range(HALVES):
+                offs_k = inputs_of(start, half, FORM)
+                x = tl.load(
+                    x_ptr + tokens[:, None] * HIDDEN + offs_k[None, :],
+                    mask=mask_m[:, None] & (offs_k < HIDDEN)[None, :],
+                    other=0.0,
+                )
+                w = decode(weight, gate_codes, half, start, offs_k, offs_n, mask_n, x.dtype, FORM)
+                gate = tl.dot(x, w, gate, input_precision=PRECISION)
+                w = decode(weight, up_codes, half, start, offs_k, ups, mask_n, x.dtype, FORM)
+                up = tl.dot(x, w, up, input_precision=PRECISION)
         if HAS_BIAS:
-            gate += tl.load(bias_ptr + rows, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-            up += tl.load(bias_ptr + rows + WIDTH, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+            bias = bias_ptr + expert.to(tl.int64) * (2 * WIDTH) + offs_n
+            gate += tl.load(bias, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+            up += tl.load(bias + WIDTH, mask=mask_n, other=0.0).to(tl.float32)[None, :]
         if HAS_LIMIT:
             gate = tl.minimum(gate, LIMIT)
             up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
@@ -93,24 +110,26 @@ def down_kernel(
     starts_ptr,
     block_starts_ptr,
     block_experts_ptr,
-    weight_ptr,
+    weights,
     bias_ptr,
     shares_ptr,
     out_ptr,
     num_experts,
-    HIDDEN: tl.constexpr,
-    WIDTH: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    FORM: tl.constexpr,
 ):
-    """out [assignments, HIDDEN] fp32, in the order of tokens: each one's share of its token.
+    """out [assignments, hidden] fp32, in the order of tokens: each one's share of its token.
 
-    x [assignments, WIDTH], sorted; weight [num_experts, HIDDEN, WIDTH]; bias [num_experts,
-    HIDDEN]; shares [assignments] fp32, in the order of tokens
+    x [assignments, width], sorted; weights: of [num_experts, hidden, width]; bias [num_experts,
+    hidden]; shares [assignments] fp32, in the order of tokens
     """
+    BLOCK_M: tl.constexpr = FORM.block_m
+    BLOCK_N: tl.constexpr = FORM.block_n
+    BLOCK_K: tl.constexpr = FORM.block_k
+    HALVES: tl.constexpr = FORM.halves
+    HIDDEN: tl.constexpr = FORM.outputs
+    WIDTH: tl.constexpr = FORM.inputs
     block = tl.program_id(0)
     expert = tl.load(block_experts_ptr + block)
     if expert < num_experts:
@@ -120,24 +139,22 @@ def down_kernel(
         places = tl.load(order_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)
         offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         mask_n = offs_n < HIDDEN
-        rows = expert.to(tl.int64) * HIDDEN + offs_n
+        weight = expert_of(weights, expert, FORM)
         out = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
         for start in range(0, WIDTH, BLOCK_K):
-            offs_k = start + tl.arange(0, BLOCK_K)
-            mask_k = offs_k < WIDTH
-            x = tl.load(
-                x_ptr + offs_m.to(tl.int64)[:, None] * WIDTH + offs_k[None, :],
-                mask=mask_m[:, None] & mask_k[None, :],
-                other=0.0,
-            )
-            w = tl.load(
-                weight_ptr + rows[None, :] * WIDTH + offs_k[:, None],
-                mask=mask_k[:, None] & mask_n[None, :],
-                other=0.0,
-            )
-            out = tl.dot(x, w, out, input_precision=PRECISION)
+            codes = load_codes(weight, start, offs_n, mask_n, FORM)
+            for half in tl.static_range(HALVES):
+                offs_k = inputs_of(start, half, FORM)
+                x = tl.load(
+                    x_ptr + offs_m.to(tl.int64)[:, None] * WIDTH + offs_k[None, :],
+                    mask=mask_m[:, None] & (offs_k < WIDTH)[None, :],
+                    other=0.0,
+                )
+                w = decode(weight, codes, half, start, offs_k, offs_n, mask_n, x.dtype, FORM)
+                out = tl.dot(x, w, out, input_precision=PRECISION)
         if HAS_BIAS:
-            out += tl.load(bias_ptr + rows, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+            bias = bias_ptr + expert.to(tl.int64) * HIDDEN + offs_n
+            out += tl.load(bias, mask=mask_n, other=0.0).to(tl.float32)[None, :]
         out *= tl.load(shares_ptr + places, mask=mask_m, other=0.0)[:, None]
         tl.store(
             out_ptr + places[:, None] * HIDDEN + offs_n[None, :],
@@ -150,8 +167,8 @@ def expert_mlp(
     x: torch.Tensor,
     experts: torch.Tensor,
     weights: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: torch.Tensor | GroupedWeight,
+    down: torch.Tensor | GroupedWeight,
     *,
     glu: GatedUnit,
     gate_up_bias: torch.Tensor | None,
@@ -163,36 +180,35 @@ def expert_mlp(
     if num_tokens:
         block_m = block_rows(num_tokens * top_k, num_experts)
         groups = _Groups.of(experts, num_experts, block_m)
-        x, gate_up, down = x.contiguous(), gate_up.contiguous(), down.contiguous()
+        x = x.contiguous()
+        if isinstance(gate_up, torch.Tensor):
+            gate_up, down = gate_up.contiguous(), down.contiguous()
         inner = torch.empty(num_tokens * top_k, width, dtype=x.dtype, device=x.device)
-        common = tiles(x.dtype, block_m)
-        block_n = common["BLOCK_N"]
-        gate_up_kernel[(groups.num_blocks, triton.cdiv(width, block_n))](
+        inward, outward = (weight_form(weight, block_m, BLOCK_N) for weight in (gate_up, down))
+        gate_up_kernel[(groups.num_blocks, triton.cdiv(width, BLOCK_N))](
             x,
             *groups.pointers,
-            gate_up,
+            pointers(gate_up),
             x if gate_up_bias is None else gate_up_bias.contiguous(),
             inner,
             num_experts,
             TOP_K=top_k,
-            HIDDEN=hidden,
-            WIDTH=width,
             HAS_BIAS=gate_up_bias is not None,
+            FORM=inward,
             **unit(glu),
-            **common,
+            **options(inward, x.dtype),
         )
-        down_kernel[(groups.num_blocks, triton.cdiv(hidden, block_n))](
+        down_kernel[(groups.num_blocks, triton.cdiv(hidden, BLOCK_N))](
             inner,
             *groups.pointers,
-            down,
+            pointers(down),
             x if down_bias is None else down_bias.contiguous(),
             weights.float().contiguous(),
             parts,
             num_experts,
-            HIDDEN=hidden,
-            WIDTH=width,
             HAS_BIAS=down_bias is not None,
-            **common,
+            FORM=outward,
+            **options(outward, x.dtype),
         )
     return parts.view(num_tokens, top_k, hidden).sum(1).to(x.dtype)
 
@@ -203,15 +219,11 @@ def block_rows(assignments: int, num_experts: int) -> int:
     return min(128, max(16, 1 << (mean - 1).bit_length()))
 
 
-def tiles(dtype: torch.dtype, block_m: int) -> dict[str, object]:
-    """Constants and options of both kernels."""
-    wide = dtype == torch.float32
+def options(form: WeightForm, dtype: torch.dtype) -> dict[str, object]:
+    """How both kernels are compiled."""
     return {
-        "PRECISION": "ieee" if wide else "tf32",
-        "BLOCK_M": block_m,
-        "BLOCK_N": 64,
-        "BLOCK_K": 32 if wide else 64,
-        "num_warps": 4 if block_m <= 64 else 8,
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "num_warps": 4 if form.block_m <= 64 else 8,
         "num_stages": 3,
     }
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvmesh.kernels.linear import GroupedFormat, WeightFormat, pack, quantise, unpack
 from kvmesh.kernels.moe import SWIGLU, GatedUnit, expert_mlp
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -111,6 +112,49 @@ def test_kernels_are_as_close_as_torch(
     out = expert_mlp(*on_device, glu=glu, **biases_there, backend="triton")
     assert out.dtype == dtype
     torch.testing.assert_close(out.cpu().double(), exact, atol=limit, rtol=0)
+
+
+FEW_BITS: list[GroupedFormat] = ["int4", "int8", "fp8"]
+
+
+@pytest.mark.parametrize("weight_format", FEW_BITS)
+def test_experts_in_few_bits_compute_with_their_values(weight_format: GroupedFormat) -> None:
+    (x, experts, weights, *stored), given = make(20, biases=True)
+    coded = [quantise(weight, weight_format) for weight in stored]
+    out = expert_mlp(x, experts, weights, *coded, glu=CLAMPED, **given)
+    decoded = [weight.decoded().contiguous() for weight in coded]
+    exact = truth((x, experts, weights, *decoded), CLAMPED, given)
+    torch.testing.assert_close(out.double(), exact, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("weight_format", ["exact", "int8", "int4"])
+def test_packed_experts_compute_with_their_values(weight_format: WeightFormat) -> None:
+    (x, experts, weights, *stored), given = make(20, biases=True)
+    packed = [pack(weight.flatten(0, 1), weight_format) for weight in stored]
+    experts[::7] = -1  # of another rank
+    out = expert_mlp(x, experts, weights, *packed, glu=CLAMPED, **given)
+    unpacked = [unpack(weight).view(EXPERTS, -1, weight.in_features) for weight in packed]
+    exact = truth((x, experts, weights, *unpacked), CLAMPED, given)
+    torch.testing.assert_close(out.double(), exact, atol=2e-6, rtol=0)
+    alone = expert_mlp(x[1:2], experts[1:2], weights[1:2], *packed, glu=CLAMPED, **given)
+    assert alone.equal(out[1:2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weight_format", ["int4", "fp8"])
+def test_kernels_decode_experts(weight_format: GroupedFormat) -> None:
+    """Against the same kernels with the decoded weights."""
+    (x, experts, weights, *stored), given = make(9, biases=True)
+    experts[::7] = -1
+    coded = [quantise(weight, weight_format).to(DEVICE) for weight in stored]
+    decoded = [weight.decoded().contiguous() for weight in coded]
+    first = (x.to(DEVICE), experts.to(DEVICE), weights.to(DEVICE))
+    biases = {name: bias.to(DEVICE) for name, bias in given.items()}
+    found, plain = (
+        expert_mlp(*first, *stored, glu=CLAMPED, **biases, backend="triton")
+        for stored in (coded, decoded)
+    )
+    torch.testing.assert_close(found, plain, atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from kvmesh.kernels.formats.fp8.triton import E4M3_PTX
 from kvmesh.kernels.formats.packing import PLANES, pack
 from kvmesh.kernels.formats.planes_ptx import PlanesPtx
 from kvmesh.kernels.formats.planes_triton import MIDDLES
+from kvmesh.kernels.linear.triton_tiles import HIGH_OFFSETS, HIGH_ZEROS, LOW_OFFSETS, LOW_ZEROS
 
 
 def run(ptx: str, words: dict[str, int]) -> dict[str, int]:
@@ -79,6 +80,28 @@ def test_e4m3_numbers() -> None:
         after = run(E4M3_PTX.value, {"$2": sum(code << (8 * i) for i, code in enumerate(codes))})
         got = torch.tensor(bf16_pair(after["$0"]) + bf16_pair(after["$1"]))
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("half", [0, 1])
+@pytest.mark.parametrize("zero", [None, 1, 7, 16])
+def test_weights_of_4_bits(half: int, zero: int | None) -> None:
+    """zero: None for an offset"""
+    scales = torch.tensor([0.0123, -3.7, 1e-20, 250.0]).bfloat16()
+    more = torch.tensor([-0.4, 33.0, 1e-19, -2000.0]).bfloat16()
+    more = more if zero is None else torch.full((4,), -128.0 - zero).bfloat16()
+    given = {"$3": more[:2], "$4": more[2:], "$5": scales[:2], "$6": scales[2:]}
+    pairs = {name: words(pair.view(torch.int16))[0] for name, pair in given.items()}
+    ptx = (LOW_OFFSETS, HIGH_OFFSETS) if zero is None else (LOW_ZEROS, HIGH_ZEROS)
+    for first in range(16):
+        codes = torch.tensor([first, 15 - first, (first * 7) % 16, (first + 5) % 16])
+        others = (codes * 3 + 1) % 16
+        stored = (codes << 4 | others) if half else (codes | others << 4)
+        after = run(ptx[half].value, {"$2": words(stored.to(torch.uint8))[0], **pairs})
+        got = torch.tensor(bf16_pair(after["$0"]) + bf16_pair(after["$1"]))
+        want = codes.double() * scales.double() + more.double()
+        if zero is not None:
+            want = (codes - zero).double() * scales.double()
+        assert torch.equal(got, want.bfloat16().float())
 
 
 @pytest.mark.parametrize("power", [2.0**-100, 1.0, 2.0**60])

@@ -74,7 +74,7 @@ def test_every_rank_has_its_part(tmp_path: Path) -> None:
 def test_numbers_are_unpacked(bits: int, count: int) -> None:
     generator = torch.Generator().manual_seed(bits)
     codes = torch.randint(0, 1 << bits, (3, count), generator=generator, dtype=torch.int32)
-    assert unpacked(pack_dense(codes.tolist(), bits), bits, count).equal(codes)
+    assert unpacked(pack_dense(codes.tolist(), bits), bits, count).int().equal(codes)
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,19 @@ GPT-OSS      gate_up_proj [experts, hidden, 2 * width], whose columns are gate, 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from kvmesh.kernels.linear import GroupedWeight
 from kvmesh.workers.model.mxfp4 import from_mxfp4
 from kvmesh.workers.model.weights import Weights
+
+logger = logging.getLogger(__name__)
+Found = dict[str, Tensor | GroupedWeight]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +55,7 @@ _ONE_BY_ONE: Mapping[str, tuple[str, tuple[str, str, str]]] = {
 }
 
 
-def read_experts(weights: Weights, share: ExpertShare, model_type: str) -> dict[str, Tensor]:
+def read_experts(weights: Weights, share: ExpertShare, model_type: str) -> Found:
     """gate_up, down and, if there are any, gate_up_bias and down_bias, as `Experts` takes them."""
     if model_type == "gpt_oss":
         return _read_gpt_oss(weights, share)
@@ -77,7 +82,7 @@ def stored_router(weights: Weights, name: str, model_type: str) -> str:
 
 def _read_one_by_one(
     weights: Weights, share: ExpertShare, block: str, names: tuple[str, str, str]
-) -> dict[str, Tensor]:
+) -> Found:
     prefix = share.name.replace(".mlp.", block)
     inward = torch.Size((share.total_width, share.hidden))
     outward = torch.Size((share.hidden, share.total_width))
@@ -88,6 +93,9 @@ def _read_one_by_one(
         if expert not in share.experts:
             for name, shape in shapes.items():
                 weights.leave(f"{prefix}.{expert}.{name}.weight", shape)
+    kept = _kept_one_by_one(weights, share, prefix, names)
+    if kept is not None:
+        return kept
     # Filled expert by expert: two copies of all of them may not fit.
     gate_up = downs = None
     for at, expert in enumerate(share.experts):
@@ -106,9 +114,35 @@ def _read_one_by_one(
     return {"gate_up": gate_up, "down": downs}
 
 
-def _read_joined(
-    weights: Weights, share: ExpertShare, inward: str, outward: str
-) -> dict[str, Tensor]:
+def _kept_one_by_one(
+    weights: Weights, share: ExpertShare, prefix: str, names: tuple[str, str, str]
+) -> Found | None:
+    """In the bits that they are stored with; None if they are not quantised, or not all alike."""
+    inward = torch.Size((share.total_width, share.hidden))
+    outward = torch.Size((share.hidden, share.total_width))
+    width = _slice(share.width)
+    ups, downs = [], []
+    for expert in share.experts:
+        gate, up, down = (
+            weights.kept(f"{prefix}.{expert}.{name}.weight", shape)
+            for name, shape in zip(names, (inward, inward, outward), strict=True)
+        )
+        if gate is None or up is None or down is None:
+            return None
+        both = GroupedWeight.joined([gate.rows(width), up.rows(width)])
+        if both is None:
+            logger.warning("%s: decoded, since gate and up are quantised differently", prefix)
+            return None
+        ups.append(both)
+        downs.append(down.columns(width.start, width.stop))
+    gate_up, down_all = GroupedWeight.stacked(ups), GroupedWeight.stacked(downs)
+    if gate_up is None or down_all is None:
+        logger.warning("%s: decoded, since its experts are quantised differently", prefix)
+        return None
+    return {"gate_up": gate_up, "down": down_all}
+
+
+def _read_joined(weights: Weights, share: ExpertShare, inward: str, outward: str) -> Found:
     """inward, outward: the tensors' names"""
     experts, width = _slice(share.experts), _slice(share.width)
     shape = torch.Size((share.total_experts, 2 * share.total_width, share.hidden))
@@ -124,7 +158,7 @@ def _read_joined(
     return {"gate_up": torch.cat(gate_up, dim=1), "down": down}
 
 
-def _read_llama4(weights: Weights, share: ExpertShare) -> dict[str, Tensor]:
+def _read_llama4(weights: Weights, share: ExpertShare) -> Found:
     experts, width = _slice(share.experts), _slice(share.width)
     total, inner, hidden = share.total_experts, share.total_width, share.hidden
     ups = slice(width.start + inner, width.stop + inner)
@@ -137,7 +171,7 @@ def _read_llama4(weights: Weights, share: ExpertShare) -> dict[str, Tensor]:
     return {"gate_up": torch.cat(gate_up, dim=1), "down": down.mT.contiguous()}
 
 
-def _read_gpt_oss(weights: Weights, share: ExpertShare) -> dict[str, Tensor]:
+def _read_gpt_oss(weights: Weights, share: ExpertShare) -> Found:
     experts, width = _slice(share.experts), _slice(share.width)
     both = slice(2 * width.start, 2 * width.stop)
     total, inner, hidden = share.total_experts, share.total_width, share.hidden
@@ -158,8 +192,8 @@ def _read_gpt_oss(weights: Weights, share: ExpertShare) -> dict[str, Tensor]:
     gate_up_bias = weights.part(
         f"{name}.gate_up_proj_bias", torch.Size((total, 2 * inner)), experts, both
     )
-    found = {
-        "gate_up": torch.cat((gate_up[:, ::2], gate_up[:, 1::2]), dim=1),
+    found: Found = {
+        "gate_up": _apart(gate_up),
         "down": down,
         "gate_up_bias": torch.cat((gate_up_bias[:, ::2], gate_up_bias[:, 1::2]), dim=1),
     }
@@ -168,6 +202,14 @@ def _read_gpt_oss(weights: Weights, share: ExpertShare) -> dict[str, Tensor]:
     if share.width.start == 0:
         found["down_bias"] = down_bias
     return found
+
+
+def _apart(gate_up: Tensor | GroupedWeight) -> Tensor | GroupedWeight:
+    """Rows gate, up, gate, … -> those of the gate, then those of up"""
+    if isinstance(gate_up, GroupedWeight):
+        rows = torch.arange(gate_up.shape[1], device=gate_up.device)
+        return gate_up.rows(torch.cat((rows[::2], rows[1::2])))
+    return torch.cat((gate_up[:, ::2], gate_up[:, 1::2]), dim=1)
 
 
 def _slice(part: range) -> slice:

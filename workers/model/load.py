@@ -7,7 +7,6 @@ safetensors slice by slice, so that a rank never holds more than its share.
 from __future__ import annotations
 
 import logging
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from kvmesh.kernels.formats.rotation import rotation_matrix
-from kvmesh.kernels.linear import PackedWeight, WeightFormat, pack
+from kvmesh.kernels.linear import PackedWeight
+from kvmesh.workers.config import WeightFormatName
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 from kvmesh.workers.model.architectures import ARCHITECTURES
 from kvmesh.workers.model.blocks import FusedAttention, FusedLayer, fuse, fused_layer, lean_norm
@@ -27,9 +27,10 @@ from kvmesh.workers.model.mamba2 import Mamba2Mixer
 from kvmesh.workers.model.recurrent_state import StepStates
 from kvmesh.workers.model.rg_lru import GatedLinearRecurrence
 from kvmesh.workers.model.rope import Rope, fixed_rotary, override_rope
-from kvmesh.workers.model.shards import Pack, Placer
+from kvmesh.workers.model.shards import Placer
 from kvmesh.workers.model.sizes import check_tp
 from kvmesh.workers.model.standard_keys import standard_keys
+from kvmesh.workers.model.storage import Storage
 from kvmesh.workers.model.stored import adapt, read_config, stored_as
 from kvmesh.workers.model.weights import WeightReader, Weights
 from kvmesh.workers.parallel.comm import Communicator
@@ -219,7 +220,7 @@ def load_model(
     rope: RopeOverride | None = None,
     max_model_len: int | None = None,
     expert_parallel: bool = False,
-    weight_format: WeightFormat = "exact",
+    weight_format: WeightFormatName = "exact",
 ) -> ServedModel:
     """This rank's share of the model in directory `path`.
 
@@ -227,7 +228,7 @@ def load_model(
     rope: replaces the scaling in its configuration
     max_model_len: tokens of the longest sequence; by default the model's limit
     expert_parallel: ranks have whole experts instead of parts of all
-    weight_format: how the weights of linears are stored
+    weight_format: how the weights of linears and experts are stored
     Raises ConfigError naming `tp` or `model`, UnsupportedModelError for a
     model that would be computed incorrectly.
     """
@@ -246,7 +247,8 @@ def load_model(
         )
     keys = standard_keys(read_json(path / "config.json"), path)
     unused = ARCHITECTURES[facts.architecture].unused(keys)
-    with WeightReader(path, dtype, device, unused) as reader:
+    keeps_bits = Storage.of(weight_format, dtype, device).keeps_bits
+    with WeightReader(path, dtype, device, unused, keeps_bits=keeps_bits) as reader:
         return build_model(
             facts,
             config,
@@ -270,7 +272,7 @@ def build_model(
     comm: Communicator,
     max_model_len: int | None = None,
     expert_parallel: bool = False,
-    weight_format: WeightFormat = "exact",
+    weight_format: WeightFormatName = "exact",
 ) -> ServedModel:
     """This rank's share of the model that a transformers `config` describes.
 
@@ -284,10 +286,8 @@ def build_model(
         )
     adapt(facts, model)
     model.eval().requires_grad_(False)
-    packing = _packing(weight_format, dtype, device)
-    # The largest product has the largest say in what a token is.
-    head = _packing("int8", dtype, device) if weight_format == "int4" else packing
-    Placer(model, weights, comm, facts, packing, head, expert_parallel=expert_parallel).place()
+    storage = Storage.of(weight_format, dtype, device)
+    Placer(model, weights, comm, facts, storage, expert_parallel=expert_parallel).place()
     _restore_buffers(model, config, device, max_model_len or facts.max_model_len)
     slot = AttendSlot()
     recurrent = facts.recurrent_layers or (False,) * facts.num_layers
@@ -319,19 +319,6 @@ def build_model(
 # What a layer mixes tokens with, by the names that transformers has for it.
 _MIXERS = ("self_attn", "linear_attn", "temporal_block", "mamba")
 _LAST_NORMS = ("norm", "final_norm", "final_layernorm")
-
-
-def _packing(weight_format: WeightFormat, dtype: torch.dtype, device: torch.device) -> Pack:
-    """Weights are packed for the compiled loops of CPUs, which compute in fp32."""
-    if device.type == "cpu" and dtype == torch.float32:
-        return partial(pack, weight_format=weight_format)
-    if weight_format == "exact":
-        return lambda weight: weight
-    raise ConfigError(
-        "weight_format",
-        f"{weight_format} needs a CPU and float32, got {device.type} and"
-        f" {str(dtype).removeprefix('torch.')}; use exact",
-    )
 
 
 def _check_agreement(facts: ModelFacts, config: Any, path: Path) -> None:

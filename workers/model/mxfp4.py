@@ -1,4 +1,4 @@
-"""Weights stored in MXFP4 (OCP Microscaling Formats 1.0), decoded when they are loaded.
+"""Weights stored in MXFP4 (OCP Microscaling Formats 1.0), decoded when they are loaded, or kept.
 
 32 consecutive inputs of an output share a scale, a power of two; each is an e2m1 number:
 
@@ -11,11 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvmesh.kernels.linear import GroupedWeight, grouped
+from kvmesh.kernels.linear.grouped import E2M1
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.model.weights import Weights
 
 _BLOCK = 32
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
 def from_mxfp4(
@@ -25,8 +26,9 @@ def from_mxfp4(
     experts: slice,
     outputs: slice,
     inputs: slice,
-) -> Tensor:
-    """Part of a tensor of `shape` [experts, outputs, inputs].
+) -> Tensor | GroupedWeight:
+    """Part of a tensor of `shape` [experts, outputs, inputs], decoded unless the weights keep their
+    bits.
 
     Raises ConfigError naming `tp` if the part does not consist of whole blocks.
     """
@@ -43,12 +45,25 @@ def from_mxfp4(
     index = (experts, outputs, blocks)
     pairs = weights.part(f"{name}_blocks", torch.Size((*stored, _BLOCK // 2)), *index)
     exponents = weights.part(f"{name}_scales", torch.Size(stored), *index)
+    if weights.keeps_bits:
+        return keep_mxfp4(pairs, exponents)
     return decode_mxfp4(pairs, exponents, weights.dtype)
+
+
+def keep_mxfp4(pairs: Tensor, exponents: Tensor) -> GroupedWeight:
+    """pairs: [experts, outputs, blocks, 16] uint8; exponents: [experts, outputs, blocks] uint8"""
+    experts = [
+        grouped("e2m1", torch.stack((two & 15, two >> 4), -1).flatten(1), scales, group=_BLOCK)
+        for two, scales in zip(pairs, exponents, strict=True)
+    ]
+    stacked = GroupedWeight.stacked(experts)
+    assert stacked is not None
+    return stacked
 
 
 def decode_mxfp4(pairs: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
     """pairs: [..., blocks, 16] uint8; exponents: [..., blocks] uint8 -> [..., blocks * 32]"""
-    table = torch.tensor(_E2M1, dtype=torch.float32, device=pairs.device)
+    table = torch.tensor(E2M1, dtype=torch.float32, device=pairs.device)
     out = torch.empty(*pairs.shape, 2, dtype=dtype, device=pairs.device)
     # One leading slice at a time, since indices take eight bytes each.
     scales = torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents.int() - 127)

@@ -9,19 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvmesh.kernels.linear import PackedWeight, pack, unpack
-from kvmesh.kernels.moe import SWIGLU, GatedUnit
+from kvmesh.kernels.linear import GroupedWeight, PackedWeight, pack, unpack
+from kvmesh.kernels.moe import SWIGLU, ExpertWeights, GatedUnit
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 from kvmesh.workers.model.embedding import PackedEmbedding
 from kvmesh.workers.model.expert_weights import ExpertShare, read_experts, stored_router
 from kvmesh.workers.model.facts import ModelFacts
 from kvmesh.workers.model.state_shape import StateShape
+from kvmesh.workers.model.storage import Storage
 from kvmesh.workers.model.weights import Weights
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.parallel.experts import Experts
-from kvmesh.workers.parallel.linears import ColumnLinear, RowLinear, SplitRMSNorm, VocabHead
+from kvmesh.workers.parallel.linears import (
+    ColumnLinear,
+    RowLinear,
+    SplitRMSNorm,
+    Stored,
+    VocabHead,
+)
 
-Pack = Callable[[Tensor], Tensor | PackedWeight]
 Share = Callable[[int], tuple[int, int]]  # of that many rows, a rank's first and end
 
 _Plan = Mapping[str, str]
@@ -168,8 +174,7 @@ def _part(total: int, index: int, count: int) -> tuple[int, int]:
 class Placer:
     """Fills a model that was built on the meta device with a rank's weights.
 
-    pack, pack_head: how the weights of linears and of the output projection are stored; those of
-        experts stay as they are
+    storage: of weights that the reader does not keep in the checkpoint's bits
     """
 
     def __init__(
@@ -178,8 +183,7 @@ class Placer:
         reader: Weights,
         comm: Communicator,
         facts: ModelFacts,
-        pack: Pack,
-        pack_head: Pack,
+        storage: Storage,
         *,
         expert_parallel: bool = False,
     ) -> None:
@@ -187,8 +191,7 @@ class Placer:
         self._reader = reader
         self._comm = comm
         self._facts = facts
-        self._pack = pack
-        self._pack_head = pack_head
+        self._storage = storage
         self._expert_parallel = expert_parallel
 
     def place(self) -> None:
@@ -260,7 +263,11 @@ class Placer:
     def _column_linear(self, name: str, linear: Any, share: tuple[int, int]) -> ColumnLinear:
         shape = linear.weight.shape
         first, end = share
-        weight = self._pack(self._reader.rows(f"{name}.weight", shape, first, end))
+        kept = self._reader.kept(f"{name}.weight", shape)
+        if kept is not None:
+            weight: Stored = kept.rows(slice(first, end))
+        else:
+            weight = self._storage.pack(self._reader.rows(f"{name}.weight", shape, first, end))
         if linear.bias is None:
             return ColumnLinear(weight, None)
         return ColumnLinear(
@@ -276,13 +283,25 @@ class Placer:
         else:
             part = range(*self._share(width))
         share = ExpertShare(name, experts, part, facts.hidden_size, count, width)
+        found = read_experts(self._reader, share, model_type)
+        biases = {
+            key: bias
+            for key in ("gate_up_bias", "down_bias")
+            if isinstance(bias := found.get(key), Tensor)
+        }
         return Experts(
-            **read_experts(self._reader, share, model_type),
+            self._packed_experts(found["gate_up"]),
+            self._packed_experts(found["down"]),
+            **biases,
             comm=self._comm,
             num_experts=count,
             first=experts.start,
             glu=_gated_unit(self._model.config),
         )
+
+    def _packed_experts(self, weight: Tensor | GroupedWeight) -> ExpertWeights:
+        """weight: [experts, outputs, inputs]"""
+        return self._storage.pack(weight) if isinstance(weight, Tensor) else weight
 
     def _qkv_parts(self) -> list[int]:
         """Rows of a joined projection that are queries, keys and values."""
@@ -321,22 +340,36 @@ class Placer:
     ) -> ColumnLinear:
         """parts: rows of the linears that are stored as one, and what a rank has of each"""
         assert linear.bias is None
-        weight = self._shares(f"{name}.weight", linear.weight.shape, parts)
-        return ColumnLinear(self._pack(weight), None)
+        shape = linear.weight.shape
+        kept = self._reader.kept(f"{name}.weight", shape)
+        if kept is not None:
+            rows = torch.cat([torch.arange(*part) for part in self._ranges(shape[0], parts)])
+            return ColumnLinear(kept.rows(rows.to(kept.device)), None)
+        return ColumnLinear(self._storage.pack(self._shares(f"{name}.weight", shape, parts)), None)
 
     def _shares(self, name: str, shape: torch.Size, parts: Sequence[tuple[int, Share]]) -> Tensor:
         """Of each part of a tensor's rows, this rank's share."""
-        shares, start = [], 0
+        ranges = self._ranges(shape[0], parts)
+        return torch.cat([self._reader.rows(name, shape, *part) for part in ranges])
+
+    def _ranges(self, total: int, parts: Sequence[tuple[int, Share]]) -> list[tuple[int, int]]:
+        """First and end of this rank's rows of each part."""
+        ranges, start = [], 0
         for rows, share in parts:
             first, end = share(rows)
-            shares.append(self._reader.rows(name, shape, start + first, start + end))
+            ranges.append((start + first, start + end))
             start += rows
-        assert start == shape[0]
-        return torch.cat(shares)
+        assert start == total
+        return ranges
 
     def _row_linear(self, name: str, linear: Any) -> RowLinear:
         shape = linear.weight.shape
-        weight = self._pack(self._reader.columns(f"{name}.weight", shape, *self._share(shape[1])))
+        share = self._share(shape[1])
+        kept = self._reader.kept(f"{name}.weight", shape)
+        if kept is not None:
+            weight: Stored = kept.columns(*share)
+        else:
+            weight = self._storage.pack(self._reader.columns(f"{name}.weight", shape, *share))
         bias = linear.bias
         if bias is not None:
             bias = self._reader.whole(f"{name}.bias", bias.shape)
@@ -355,17 +388,20 @@ class Placer:
         embeddings = self._model.get_input_embeddings().weight
         vocab_size = head.weight.shape[0]
         first, end, count = VocabHead.rows_of(self._comm.rank, self._comm.size, vocab_size)
+        if head.bias is not None:
+            raise ConfigError("model", "output projections with a bias are not supported")
         tied = self._model.config.tie_word_embeddings
-        weight = embeddings[first:end]
+        kept = None if tied else self._reader.kept("lm_head.weight", head.weight.shape)
+        if kept is not None and end - first == count:
+            return VocabHead(kept.rows(slice(first, end)), vocab_size, self._comm)
+        weight, pack_head = embeddings[first:end], self._storage.tied_head
         if not tied or "lm_head.weight" in self._reader:
             own = self._reader.rows("lm_head.weight", head.weight.shape, first, end)
             if not (tied and own.equal(weight)):
-                weight = own
+                weight, pack_head = own, self._storage.head
         if end - first < count:
             weight = nn.functional.pad(weight, (0, 0, 0, count - (end - first)))
-        if head.bias is not None:
-            raise ConfigError("model", "output projections with a bias are not supported")
-        return VocabHead(self._pack_head(weight), vocab_size, self._comm)
+        return VocabHead(pack_head(weight), vocab_size, self._comm)
 
     def _pack_embeddings(self) -> None:
         """Where linears are packed: in the same memory as a head with the same weights, if that

@@ -14,6 +14,7 @@ from transformers.models.granitemoehybrid.modeling_granitemoehybrid import (
     GraniteMoeHybridRotaryEmbedding,
 )
 
+from kvmesh.kernels.linear import GroupedWeight
 from kvmesh.workers.errors import UnsupportedModelError
 from kvmesh.workers.model.architectures import ARCHITECTURES
 from kvmesh.workers.model.facts import ModelFacts, read_json
@@ -138,6 +139,10 @@ class InternLM2Weights:
     def dtype(self) -> torch.dtype:
         return self._weights.dtype
 
+    @property
+    def keeps_bits(self) -> bool:
+        return self._weights.keeps_bits
+
     def __contains__(self, name: str) -> bool:
         return self._stored(name) in self._weights
 
@@ -149,7 +154,7 @@ class InternLM2Weights:
         if part is None:
             return self._weights.rows(self._stored(name), shape, first, end)
         kind = part[1]
-        slots = slice(0, self._group) if kind == "q" else self._group + (kind == "v")
+        slots = self._slots(kind)
         rows_per_kv_head = self._head_dim * (self._group if kind == "q" else 1)
         stride = (self._group + 2) * self._head_dim
         stored = name.replace(part[0], ".attention.wqkv.")
@@ -162,6 +167,18 @@ class InternLM2Weights:
         by_head = joined.view(-1, self._group + 2, self._head_dim, *shape[1:])
         return by_head[:, slots].reshape(end - first, *shape[1:]).contiguous()
 
+    def kept(self, name: str, shape: torch.Size) -> GroupedWeight | None:
+        part = re.search(r"\.self_attn\.([qkv])_proj\.", name)
+        if part is None:
+            return self._weights.kept(self._stored(name), shape)
+        stored = name.replace(part[0], ".attention.wqkv.")
+        rows = self._num_kv_heads * (self._group + 2) * self._head_dim
+        joined = self._weights.kept(stored, torch.Size((rows, *shape[1:])))
+        if joined is None:
+            return None
+        by_head = torch.arange(rows, device=joined.device).view(-1, self._group + 2, self._head_dim)
+        return joined.rows(by_head[:, self._slots(part[1])].flatten())
+
     def columns(self, name: str, shape: torch.Size, first: int, end: int) -> Tensor:
         return self._weights.columns(self._stored(name), shape, first, end)
 
@@ -173,6 +190,10 @@ class InternLM2Weights:
 
     def check_all_read(self) -> None:
         self._weights.check_all_read()
+
+    def _slots(self, kind: str) -> slice | int:
+        """Where a KV head's queries, key or value are in the joined projection."""
+        return slice(0, self._group) if kind == "q" else self._group + (kind == "v")
 
     def _stored(self, name: str) -> str:
         for pattern, stored in self._NAMES:
@@ -211,6 +232,10 @@ class DbrxWeights:
     def dtype(self) -> torch.dtype:
         return self._weights.dtype
 
+    @property
+    def keeps_bits(self) -> bool:
+        return self._weights.keeps_bits
+
     def __contains__(self, name: str) -> bool:
         return self._stored(name) in self._weights
 
@@ -235,6 +260,10 @@ class DbrxWeights:
 
     def part(self, name: str, shape: torch.Size, *index: slice) -> Tensor:
         return self._weights.part(self._stored(name), shape, *index)
+
+    def kept(self, name: str, shape: torch.Size) -> GroupedWeight | None:
+        """None: no tool is known that quantises its joined tensors."""
+        return None
 
     def leave(self, name: str, shape: torch.Size) -> None:
         assert self._EXPERT.match(name), "only experts are left to other ranks"

@@ -8,6 +8,7 @@
     whole  embeddings, norms, biases after a sum, routers of experts            on every rank
 
 Its modules are built without memory, on torch's meta device, and divided as `shards.py` does it.
+Of these numbers, those of linears and experts may be stored in few bits (`weight_coding.py`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from transformers import AutoModelForCausalLM
 from kvmesh.workers.model.shards import shard_of
 from kvmesh.workers.model.sizes import ModelSizes
 from kvmesh.workers.model.stored import config_of
+from kvmesh.workers.model.weight_coding import BF16_BYTES, StoredWeights
 
 # What is done with a weight, or with a bias, of a module with that shard; the rest is whole.
 _DIVIDED_BY_TP = frozenset(
@@ -39,7 +41,44 @@ _DIVIDED_BY_ALL = frozenset(
     {"rows", "weight rows", "convolution", "channels", "gate, channels, steps"}
 )
 _PARTLY_SHARED = frozenset({"convolution", "gate, channels, steps"})
+# Modules that are linears; of all of them, what ranks divide.
+_LINEARS: Mapping[str, tuple[str, str]] = {
+    "rows of heads": ("outputs", "tp"),
+    "queries, keys, values": ("outputs", "tp"),
+    "rows": ("outputs", "all"),
+    "gate, up": ("outputs", "all"),
+    "channels": ("outputs", "all"),
+    "gate, channels, steps": ("outputs", "all"),
+    "every row": ("outputs", "whole"),
+    "columns": ("inputs", "all"),
+}
 _WEIGHTS_DIVIDED_BY_ALL = frozenset({"gate, up", "columns"})
+
+
+@dataclass(frozen=True, slots=True)
+class _Linear:
+    """A linear's weight, as it is in a checkpoint.
+
+    divided: of "outputs" or "inputs"; by: "tp", "all" or "whole"
+    shared: of the outputs, those that `WeightCounts.shared_groups` divide
+    is_expert: that it is one of a mixture
+    """
+
+    module: str
+    outputs: int
+    inputs: int
+    divided: str
+    by: str
+    shared: int = 0
+    is_expert: bool = False
+
+    def of_rank(self, tp: int, ranks: int, shared_groups: int) -> tuple[int, int]:
+        """Outputs and inputs on a rank."""
+        parts = {"tp": tp, "all": ranks, "whole": 1}[self.by]
+        if self.divided == "inputs":
+            return self.outputs, self.inputs // parts
+        shared = self.shared // shared_groups * max(shared_groups // ranks, 1)
+        return (self.outputs - self.shared) // parts + shared, self.inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +89,7 @@ class WeightCounts:
     tied: the output layer's rows are those of the embeddings
     idle: of `all`, those of the experts that a token is not sent to
     shared_groups: that divide `shared`
+    linears: equal ones together, and how many of them there are
     """
 
     tp: int
@@ -61,6 +101,7 @@ class WeightCounts:
     idle: int
     shared: int = 0
     shared_groups: int = 1
+    linears: tuple[tuple[_Linear, int], ...] = ()
 
     @classmethod
     def of(cls, sizes: ModelSizes, config: Mapping[str, Any], source: Path | str) -> WeightCounts:
@@ -72,6 +113,7 @@ class WeightCounts:
         with torch.device("meta"):
             body = AutoModelForCausalLM.from_config(theirs).model
         counts: Counter[str] = Counter()
+        linears: Counter[_Linear] = Counter()
         state = sizes.state
         groups, channels = (state.shared_groups, state.shared_channels) if state else (0, 0)
         for name, weight in body.named_parameters():
@@ -84,6 +126,11 @@ class WeightCounts:
                 counts["shared"] += shared
             if shard == "experts":
                 counts["experts"] += weight.numel()
+                linears.update(_experts(sizes, module, kind))
+            elif shard in _LINEARS and kind == "weight":
+                outputs, inputs = weight.shape
+                both = groups * channels if shard in _PARTLY_SHARED else 0
+                linears[_Linear(module, outputs, inputs, *_LINEARS[shard], both)] += 1
         idle = counts["experts"] * (sizes.experts - sizes.experts_per_token) // sizes.experts
         return cls(
             tp=counts["tp"],
@@ -95,7 +142,24 @@ class WeightCounts:
             idle=idle,
             shared=counts["shared"],
             shared_groups=groups or 1,
+            linears=tuple(linears.items()),
         )
+
+    def bytes_of_rank(self, tp: int, kvp: int, stored: StoredWeights) -> int:
+        """On the rank that has most, with all that is not coded in bfloat16."""
+        ranks, numbers = tp * kvp, self.of_rank(tp, kvp)
+        coded = 0
+        for linear, count in self.linears:
+            coding = stored.experts if linear.is_expert else stored.linears
+            if coding is not None and not stored.left_out(f"model.{linear.module}"):
+                outputs, inputs = linear.of_rank(tp, ranks, self.shared_groups)
+                coded += count * coding.bytes_of(outputs, inputs)
+                numbers -= count * outputs * inputs
+        rows = -(-self.vocab_size // ranks)
+        if stored.head is not None and not self.tied:
+            coded += stored.head.bytes_of(rows, self.hidden_size)
+            numbers -= rows * self.hidden_size
+        return coded + BF16_BYTES * numbers
 
     def of_rank(self, tp: int, kvp: int = 1) -> int:
         """Numbers on the rank that has most."""
@@ -116,6 +180,18 @@ class WeightCounts:
     def multiplied(self) -> int:
         """Numbers that a token is multiplied with: without embeddings and idle experts."""
         return self.tp + self.all + self.shared - self.idle + self.vocab_size * self.hidden_size
+
+
+def _experts(sizes: ModelSizes, module: str, kind: str) -> Mapping[_Linear, int]:
+    """The weights of one product of a layer's experts, of which ranks have a part of each."""
+    width, hidden = sizes.moe_intermediate_size, sizes.hidden_size
+    if kind.endswith("bias"):
+        return {}
+    if kind.startswith("down"):
+        one = _Linear(module, hidden, width, "inputs", "all", is_expert=True)
+    else:
+        one = _Linear(module, 2 * width, hidden, "outputs", "all", is_expert=True)
+    return {one: sizes.experts}
 
 
 def _part(shard: str, kind: str) -> str:

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from kvmesh.kernels.linear import GroupedWeight
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 from kvmesh.workers.model.tensors import PLAIN_DTYPES, read_tensors
 from kvmesh.workers.model.text_part import text_tensors
@@ -31,6 +32,9 @@ class Weights(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
 
+    @property
+    def keeps_bits(self) -> bool: ...
+
     def __contains__(self, name: str) -> bool: ...
 
     def whole(self, name: str, shape: torch.Size, dtype: torch.dtype | None = None) -> Tensor: ...
@@ -40,6 +44,8 @@ class Weights(Protocol):
     def columns(self, name: str, shape: torch.Size, first: int, end: int) -> Tensor: ...
 
     def part(self, name: str, shape: torch.Size, *index: slice) -> Tensor: ...
+
+    def kept(self, name: str, shape: torch.Size) -> GroupedWeight | None: ...
 
     def leave(self, name: str, shape: torch.Size) -> None: ...
 
@@ -55,13 +61,22 @@ class WeightReader:
     """
 
     def __init__(
-        self, path: Path, dtype: torch.dtype, device: torch.device, unused: tuple[str, ...] = ()
+        self,
+        path: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        unused: tuple[str, ...] = (),
+        *,
+        keeps_bits: bool = False,
     ) -> None:
-        """unused: beginnings of names of tensors that the model does not need"""
+        """unused: beginnings of names of tensors that the model does not need
+        keeps_bits: quantised weights of linears and experts are not decoded, where that is possible
+        """
         found = text_tensors(read_tensors(path), unused)
         self._tensors = {name: info for name, (_, info) in found.items()}
         self._stored = {name: stored for name, (stored, _) in found.items()}
         self.dtype = dtype
+        self.keeps_bits = keeps_bits
         self._device = device
         self._files: dict[Path, Any] = {}
         self._open = ExitStack()
@@ -102,6 +117,10 @@ class WeightReader:
     def part(self, name: str, shape: torch.Size, *index: slice) -> Tensor:
         """A part of the tensor, by a slice of each of its first dimensions; of MXFP4 as stored."""
         return self._to_place(self._slice(name, shape, ("U8",))[index])
+
+    def kept(self, name: str, shape: torch.Size) -> GroupedWeight | None:
+        """The tensor in the bits that it is stored with, if it is quantised and `keeps_bits`."""
+        return None
 
     def leave(self, name: str, shape: torch.Size) -> None:
         """Check the tensor `name`, which other ranks read."""

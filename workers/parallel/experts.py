@@ -11,14 +11,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kvmesh.kernels.moe import GatedUnit, expert_mlp
+from kvmesh.kernels.moe import ExpertWeights, GatedUnit, expert_mlp
 from kvmesh.workers.parallel.comm import Communicator
+from kvmesh.workers.parallel.linears import ready
 
 
 class Experts(nn.Module):
     """Replaces the experts of a transformers mixture, between its router and its output.
 
-    gate_up: [experts of this rank, 2 * width, hidden]; down: [experts of this rank, hidden, width]
+    gate_up: [experts of this rank, 2 * width, hidden]; down: [experts of this rank, hidden, width];
+        on CPUs maybe packed, [experts of this rank * outputs, inputs]
     gate_up_bias, down_bias: [experts of this rank, 2 * width] and [experts of this rank, hidden];
         down_bias is added once: when experts are split by width, on rank 0
     first: the id of this rank's first expert
@@ -27,8 +29,8 @@ class Experts(nn.Module):
 
     def __init__(
         self,
-        gate_up: Tensor,
-        down: Tensor,
+        gate_up: ExpertWeights,
+        down: ExpertWeights,
         comm: Communicator,
         *,
         num_experts: int,
@@ -38,8 +40,7 @@ class Experts(nn.Module):
         down_bias: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.gate_up = nn.Parameter(gate_up, requires_grad=False)
-        self.down = nn.Parameter(down, requires_grad=False)
+        self.gate_up, self.down = ready(gate_up), ready(down)
         self.gate_up_bias, self.down_bias = (
             None if bias is None else nn.Parameter(bias, requires_grad=False)
             for bias in (gate_up_bias, down_bias)

@@ -11,17 +11,47 @@ With a weight W [out, in] and R ranks:
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kvmesh.kernels.linear import PackedWeight, fixed_linear, linear, prepare
+from kvmesh.kernels.linear import (
+    GroupedWeight,
+    PackedWeight,
+    fixed_linear,
+    grouped_linear,
+    linear,
+    prepare,
+)
 from kvmesh.workers.parallel.comm import Communicator
+
+# A weight as it is stored: in the compute dtype, for CPUs in 4 to 32 bits, for GPUs in 4 or 8.
+Stored = Tensor | PackedWeight | GroupedWeight
+
+
+@dataclass(frozen=True, slots=True)
+class WeightParts:
+    """The weights of joined linears that are not stored in the same way, one after the other."""
+
+    parts: tuple[Tensor | GroupedWeight, ...]
+
+    @property
+    def shape(self) -> torch.Size:
+        """[out, in]"""
+        rows = sum(part.shape[0] for part in self.parts)
+        return torch.Size((rows, self.parts[0].shape[1]))
+
+    @property
+    def device(self) -> torch.device:
+        """As of a tensor, which models of transformers may ask for."""
+        return self.parts[0].device
 
 
 def project(
     x: Tensor,
-    weight: Tensor | PackedWeight,
+    weight: Stored | WeightParts,
     bias: Tensor | None = None,
     *,
     deterministic: bool = False,
@@ -33,17 +63,24 @@ def project(
     """
     if isinstance(weight, PackedWeight):
         return linear(x, weight, bias)
+    if isinstance(weight, GroupedWeight):
+        return grouped_linear(x, weight, bias, deterministic=deterministic)
+    if isinstance(weight, WeightParts):
+        parts = [project(x, part, deterministic=deterministic) for part in weight.parts]
+        out = torch.cat(parts, dim=-1)
+        return out if bias is None else out.add_(bias)
     if deterministic:
         return fixed_linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
-def _kept(weight: Tensor | PackedWeight) -> nn.Parameter | PackedWeight:
-    """As an attribute of a module, ready to be multiplied with."""
+def ready(weight: Stored) -> nn.Parameter | PackedWeight | GroupedWeight:
+    """As an attribute of a module, to be multiplied with."""
+    if isinstance(weight, Tensor):
+        return nn.Parameter(weight, requires_grad=False)
     if isinstance(weight, PackedWeight):
         prepare(weight)
-        return weight
-    return nn.Parameter(weight, requires_grad=False)
+    return weight
 
 
 def add_product(target: Tensor, x: Tensor, weight: Tensor) -> None:
@@ -60,9 +97,9 @@ class ColumnLinear(nn.Module):
 
     deterministic = False
 
-    def __init__(self, weight: Tensor | PackedWeight, bias: Tensor | None) -> None:
+    def __init__(self, weight: Stored | WeightParts, bias: Tensor | None) -> None:
         super().__init__()
-        self.weight = _kept(weight)
+        self.weight = weight if isinstance(weight, WeightParts) else ready(weight)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,12 +112,28 @@ class ColumnLinear(nn.Module):
         biases = [part.bias.data for part in parts if part.bias is not None]
         assert len(biases) in (0, len(parts)), "parts with and without a bias cannot be joined"
         bias = torch.cat(biases) if biases else None
-        weights = [part.weight for part in parts]
-        packed = [weight for weight in weights if isinstance(weight, PackedWeight)]
-        if packed:
-            return ColumnLinear(PackedWeight.joined(packed), bias)
-        plain = [weight.data for weight in weights if isinstance(weight, nn.Parameter)]
-        return ColumnLinear(torch.cat(plain), bias)
+        return ColumnLinear(_joined([part.weight for part in parts]), bias)
+
+
+def _joined(
+    weights: list[nn.Parameter | PackedWeight | GroupedWeight | WeightParts],
+) -> Stored | WeightParts:
+    packed = [weight for weight in weights if isinstance(weight, PackedWeight)]
+    if packed:
+        return PackedWeight.joined(packed)
+    plain = [weight.data for weight in weights if isinstance(weight, nn.Parameter)]
+    if len(plain) == len(weights):
+        return torch.cat(plain)
+    grouped = [weight for weight in weights if isinstance(weight, GroupedWeight)]
+    joined = GroupedWeight.joined(grouped) if len(grouped) == len(weights) else None
+    if joined is not None:
+        return joined
+    parts: list[Tensor | GroupedWeight] = []
+    for weight in weights:
+        assert not isinstance(weight, PackedWeight), "a rank has them on CPUs alone, everywhere"
+        some = weight.parts if isinstance(weight, WeightParts) else (weight,)
+        parts += [one.data if isinstance(one, nn.Parameter) else one for one in some]
+    return WeightParts(tuple(parts))
 
 
 class RowLinear(nn.Module):
@@ -91,11 +144,9 @@ class RowLinear(nn.Module):
 
     deterministic = False
 
-    def __init__(
-        self, weight: Tensor | PackedWeight, bias: Tensor | None, comm: Communicator
-    ) -> None:
+    def __init__(self, weight: Stored, bias: Tensor | None, comm: Communicator) -> None:
         super().__init__()
-        self.weight = _kept(weight)
+        self.weight = ready(weight)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self._comm = comm
 
@@ -112,11 +163,13 @@ class RowLinear(nn.Module):
         return self._comm.size > 1
 
     def onto(self, x: Tensor, residual: Tensor) -> Tensor | None:
-        """Add the output to `residual`, [T, out], in the product itself; with packed weights, on
-        several ranks and where it is deterministic return the output instead. x: [T, in_local]"""
-        if self._comm.size > 1 or self.deterministic or isinstance(self.weight, PackedWeight):
+        """Add the output to `residual`, [T, out], in the product itself; with weights in few bits,
+        on several ranks and where it is deterministic return the output instead. x: [T, in_local]
+        """
+        weight = self.weight
+        if self._comm.size > 1 or self.deterministic or not isinstance(weight, nn.Parameter):
             return self(x)  # type: ignore[no-any-return]
-        add_product(residual, x, self.weight)
+        add_product(residual, x, weight)
         if self.bias is not None:
             residual += self.bias
         return None
@@ -131,9 +184,9 @@ class VocabHead(nn.Module):
 
     deterministic = False
 
-    def __init__(self, weight: Tensor | PackedWeight, vocab_size: int, comm: Communicator) -> None:
+    def __init__(self, weight: Stored, vocab_size: int, comm: Communicator) -> None:
         super().__init__()
-        self.weight = _kept(weight)
+        self.weight = ready(weight)
         self._vocab_size = vocab_size
         self._comm = comm
 
