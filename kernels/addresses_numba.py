@@ -31,9 +31,10 @@ def record_of(dtype: np.dtype[Any], **values: float | tuple[int, ...]) -> Record
 
 def address_of(array: npt.NDArray[Any]) -> int:
     """Of its first number; the array is contiguous."""
-    return int(array.__array_interface__["data"][0])
+    return array.ctypes.data
 
 
+@cache
 def entry_of(loop: Any, count: int) -> int:
     """Where compiled code can `call` a loop of `count` integers that returns one, which is compiled
     now if it was not yet."""
@@ -75,8 +76,6 @@ def call(_context, entry, arguments):  # type: ignore[no-untyped-def]
     def generate(_context, b, _signature, values):  # type: ignore[no-untyped-def]
         number = ir.IntType(64)
         loop = ir.FunctionType(number, [number] * count).as_pointer()
-        return b.call(
-            b.inttoptr(values[0], loop), cgutils.unpack_tuple(b, values[1], count)
-        )
+        return b.call(b.inttoptr(values[0], loop), cgutils.unpack_tuple(b, values[1], count))
 
     return types.int64(types.int64, arguments), generate

@@ -36,13 +36,16 @@ class DecodePlan:
     """The decode part of a batch, derived once per step.
 
     sequences: SEQUENCES; held: the arrays that it has the addresses of
-    shares: the work of each thread, as units of `DecodeLoop.attend`
+    units: of `DecodeLoop.attend`, group by group; work [groups]: the pages that each reads
+    shares: the units of each thread
     num_decoding, largest_group: sequences, of all and of a group
     scratches: the threads' memory, by the loop; layers use it one after the other
     """
 
     sequences: Record
     held: tuple[Any, ...]
+    units: Ints
+    work: Ints
     shares: tuple[Ints, ...]
     splits: int
     num_decoding: int
@@ -197,7 +200,7 @@ def _plan(batch: AttentionBatch, num_kv_heads: int, threads: int) -> DecodePlan:
         stride=batch.stride,
     )
     kept = (*held.values(), *tables)
-    return DecodePlan(sequences, kept, shares, splits, len(members), largest_group)
+    return DecodePlan(sequences, kept, units, work, shares, splits, len(members), largest_group)
 
 
 def _check_tables(batch: AttentionBatch, seq_lens: Ints) -> None:

@@ -43,6 +43,7 @@ from kvmesh.kernels.numba_cache import keep_on_disk
 
 CACHE_LINE = 64
 _sequences_at, _pages_at = pointer(SEQUENCES), pointer(PAGES)
+ATTEND_ARGUMENTS = 9
 LN_2 = 0.6931471805599453
 _C0, _C1, _C2, _C3, _C4, _C5 = EXP2_COEFFICIENTS
 
@@ -285,7 +286,7 @@ class DecodeLoop:
     @property
     def entry(self) -> int:
         """The address of `attend`."""
-        return entry_of(self.attend, 9)
+        return entry_of(self.attend, ATTEND_ARGUMENTS)
 
 
 @cache

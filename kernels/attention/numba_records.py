@@ -47,6 +47,7 @@ PAGES = _record_type(
     softcap=np.float32,
 )
 
+
 def pages_record(
     hot: int,
     sealed: int,

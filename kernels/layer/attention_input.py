@@ -48,6 +48,10 @@ class AttentionInput:
         object.__setattr__(self, "record", numba_attention_input.record_of_input(self))
 
     @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        return self.norm.shape[0], self.num_heads, self.num_kv_heads, self.head_dim
+
+    @property
     def products(self) -> int:
         """Of a token."""
         return self.qkv.shape[0] * self.qkv.in_features
@@ -68,6 +72,13 @@ class AttentionInput:
         hot, slots: as in `write_hot`; hot is fp32
         Returns [T, num_heads, head_dim]. A token's result has the same bits in any batch.
         """
+        self.check(x, cos, sin, slots)
+        if backend == "reference":
+            return reference.attention_input(self, x, cos, sin, hot, slots)
+        return numba_attention_input.attention_input(self, x, cos, sin, hot, slots)
+
+    def check(self, x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor) -> None:
+        """Raises ValueError naming the argument."""
         tokens = x.shape[0]
         for name, tensor, shape in (
             ("x", x, (tokens, self.norm.shape[0])),
@@ -79,6 +90,3 @@ class AttentionInput:
                 raise ValueError(
                     f"{name}: expected a contiguous tensor {list(shape)}, got {list(tensor.shape)}"
                 )
-        if backend == "reference":
-            return reference.attention_input(self, x, cos, sin, hot, slots)
-        return numba_attention_input.attention_input(self, x, cos, sin, hot, slots)

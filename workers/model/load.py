@@ -23,6 +23,7 @@ from kvmesh.workers.model.blocks import FusedAttention, FusedLayer, fuse, fused_
 from kvmesh.workers.model.delta_net import GatedDeltaNet
 from kvmesh.workers.model.facts import ModelFacts, read_facts, read_json
 from kvmesh.workers.model.hook import IMPLEMENTATION, Attend, AttendSlot, Entry, attach
+from kvmesh.workers.model.layer_stack import stacked
 from kvmesh.workers.model.mamba2 import Mamba2Mixer
 from kvmesh.workers.model.recurrent_state import StepStates
 from kvmesh.workers.model.rg_lru import GatedLinearRecurrence
@@ -309,7 +310,7 @@ def build_model(
             _localise(mixer, comm)
             attach(mixer, slot)
         fuse(layer, facts.sliding_windows[index], slot, comm)
-    model.model.layers = nn.ModuleList(fused_layer(layer) for layer in model.model.layers)
+    model.model.layers = stacked(map(fused_layer, model.model.layers), slot)
     norm = next(name for name in _LAST_NORMS if hasattr(model.model, name))
     setattr(model.model, norm, lean_norm(getattr(model.model, norm)))
     _check_complete(model, facts.name)
