@@ -34,7 +34,6 @@ from kvmesh.kernels.formats.tiles_numba import (
     BY_CHANNEL,
     BY_TOKEN,
     DENSE,
-    SideLoad,
     compiled,
     float_of,
     prefetch,

@@ -17,7 +17,6 @@ from kvmesh.kernels.addresses_numba import Record, address_of, call, entry_of, p
 from kvmesh.kernels.attention.batch import AttentionBatch
 from kvmesh.kernels.attention.numba_attention import (
     DecodePlan,
-    Ints,
     check_pages,
     decode_plan,
 )

@@ -1,7 +1,17 @@
 """Linears whose weights are stored in few bits, or whose bits depend on no other row."""
 
+from kvmesh.kernels.linear.large_pages import move_to_large_pages
 from kvmesh.kernels.linear.numba_linear import prepare
 from kvmesh.kernels.linear.op import fixed_linear, linear
 from kvmesh.kernels.linear.packed import PackedWeight, WeightFormat, pack, unpack
 
-__all__ = ["PackedWeight", "WeightFormat", "fixed_linear", "linear", "pack", "prepare", "unpack"]
+__all__ = [
+    "PackedWeight",
+    "WeightFormat",
+    "fixed_linear",
+    "linear",
+    "move_to_large_pages",
+    "pack",
+    "prepare",
+    "unpack",
+]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from kvmesh.kernels.formats.rotation import rotation_matrix
-from kvmesh.kernels.linear import PackedWeight, WeightFormat, pack
+from kvmesh.kernels.linear import PackedWeight, WeightFormat, move_to_large_pages, pack
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 from kvmesh.workers.model.architectures import ARCHITECTURES
 from kvmesh.workers.model.blocks import FusedAttention, FusedLayer, fuse, fused_layer, lean_norm
@@ -310,6 +310,7 @@ def build_model(
             _localise(mixer, comm)
             attach(mixer, slot)
         fuse(layer, facts.sliding_windows[index], slot, comm)
+    move_to_large_pages(_packed(model))
     model.model.layers = stacked(map(fused_layer, model.model.layers), slot)
     norm = next(name for name in _LAST_NORMS if hasattr(model.model, name))
     setattr(model.model, norm, lean_norm(getattr(model.model, norm)))
@@ -396,6 +397,12 @@ def _localise(attention: Any, comm: Communicator) -> None:
         if norm is not None:
             count = len(norm.norms) // comm.tp
             norm.norms = norm.norms[comm.tp_rank * count : (comm.tp_rank + 1) * count]
+
+
+def _packed(model: nn.Module) -> list[PackedWeight]:
+    """In the order in which a step reads them."""
+    weights = (getattr(part, "weight", None) for part in model.modules())
+    return [weight for weight in weights if isinstance(weight, PackedWeight)]
 
 
 def _check_complete(model: nn.Module, name_of_model: str) -> None:
