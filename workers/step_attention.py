@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kvmesh.kernels import gpu
 from kvmesh.kernels.attention import paged_attention
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, ModelParams
 from kvmesh.kernels.layer import LayerRun
@@ -99,7 +100,7 @@ class StepAttention:
         self, run: LayerRun, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> bool:
         rank, step = self._rank, self._step
-        if not self._seals_last or rank.comm.kvp > 1:
+        if not self._seals_last or rank.comm.kvp > 1 or gpu.runs_kernels(rank.pool.all_hot):
             return False
         pages = (rank.pool.all_hot, rank.pool.all_sealed)
         return run(hidden, cos, sin, step.slots, *pages, step.batch, fmt=rank.fmt)

@@ -88,8 +88,8 @@ def scratch_numbers(layer: AttentionInput) -> int:
 
 
 def attention_input_loop(layer: AttentionInput) -> Any:
-    """(addresses of its record, x, cos, sin, hot, slots and out, page_size, slots of hot, address of
-    scratch, first, end): of tokens [first, end); returns what `rope_write_loop` does
+    """(addresses of its record, x, cos, sin, hot, slots and out, page_size, slots of hot, address
+    of scratch, first, end): of tokens [first, end); returns what `rope_write_loop` does
 
     scratch: `scratch_numbers` for each of up to TOKENS tokens
     """

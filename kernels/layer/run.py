@@ -212,9 +212,9 @@ class LayerRun:
 
 @cache
 def _loop() -> Any:
-    """(addresses of _LAYERS and PAGES, layers, address of attention's loop, its SEQUENCES, x, cos,
-    sin, slots, q, out, lse, num_tokens, page_size, units, their count, scratch of attention, scratch
-    of the others, first, end): of tokens [first, end).
+    """(addresses of _LAYERS and PAGES, layers, address of attention's loop and of its SEQUENCES,
+    of x, cos, sin, slots, q, out and lse, num_tokens, page_size, address of units, their number,
+    addresses of attention's scratch and of the others', first, end): of tokens [first, end).
 
     Returns -1; or twice a slot that hot does not have; or twice the code of a missing page, plus 1.
     """

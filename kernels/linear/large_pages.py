@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterable
+from contextlib import suppress
 
 import torch
-from torch import Tensor
 
 from kvmesh.kernels.linear.packed import PackedWeight
 
@@ -20,20 +20,24 @@ def move_to_large_pages(weights: Iterable[PackedWeight]) -> None:
     has taken an address of a weight before must do so again.
     """
     unique = {id(weight): weight for weight in weights}.values()
-    tensors = [(w, n, getattr(w, n)) for w in unique for n in ("codes", "scales")]
-    moved = [(w, n, t) for w, n, t in tensors if t is not None and t.device.type == "cpu"]
-    num_bytes = sum(_aligned(tensor.nbytes) for *_, tensor in moved)
+    moving = [
+        (weight, name)
+        for weight in unique
+        for name in ("codes", "scales")
+        if getattr(weight, name) is not None and weight.device.type == "cpu"
+    ]
+    num_bytes = sum(_aligned(getattr(weight, name).nbytes) for weight, name in moving)
     if not num_bytes:
         return
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    region = torch.frombuffer(memory, dtype=torch.uint8)
-    start = 0
-    del tensors
-    while moved:
-        weight, name, tensor = moved.pop(0)
+        with suppress(OSError):  # of a system that was built without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    region, start = torch.frombuffer(memory, dtype=torch.uint8), 0
+    for weight, name in moving:
+        tensor = getattr(weight, name)
         place = region[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        # Frozen for everybody else: all who have this weight have it moved.
         object.__setattr__(weight, name, place.copy_(tensor))
         start += _aligned(tensor.nbytes)
 

@@ -11,7 +11,7 @@ import torch
 from kvmesh.kernels.attention import numba_attention, paged_attention
 from kvmesh.kernels.formats.registry import get_format
 from kvmesh.kernels.layer import AttentionInput, FeedForward, LayerRun, RunLayer, run
-from kvmesh.kernels.linear import WeightFormat, pack
+from kvmesh.kernels.linear import PackedWeight, WeightFormat, pack
 from tests.kernels.cases import Case, Shape, make_case, with_prefixes
 
 HIDDEN, WIDTH, LAYERS = 64, 96, 3
@@ -24,7 +24,7 @@ def layers() -> list[RunLayer]:
     """Their pages are in another order than they are, and they attend in different ways."""
     generator = torch.Generator().manual_seed(1)
 
-    def weight(rows: int, columns: int, weight_format: WeightFormat):  # type: ignore[no-untyped-def]
+    def weight(rows: int, columns: int, weight_format: WeightFormat) -> PackedWeight:
         values = torch.randn(rows, columns, generator=generator) / math.sqrt(columns)
         return pack(values, weight_format)
 
@@ -35,9 +35,8 @@ def layers() -> list[RunLayer]:
     heads, kv_heads, dim = SHAPE.num_heads, SHAPE.num_kv_heads, SHAPE.head_dim
     width = (heads + 2 * kv_heads) * dim
     attends = [(None, None), (None, 100), (20.0, None)]
-    for index, (kind, (softcap, window)) in enumerate(
-        zip(("int8", "int4", "int8"), attends, strict=True)
-    ):
+    kinds: tuple[WeightFormat, ...] = ("int8", "int4", "int8")
+    for index, (kind, (softcap, window)) in enumerate(zip(kinds, attends, strict=True)):
         bias = torch.randn(width, generator=generator) if index == 1 else None
         before = AttentionInput(
             norm(), 1e-5, weight(width, HIDDEN, kind), bias, heads, kv_heads, dim
