@@ -16,8 +16,8 @@ _ALIGNMENT = 64
 def move_to_large_pages(weights: Iterable[PackedWeight]) -> None:
     """Move the weights to one region, in their order, in pages of 2 MiB if the system has them.
 
-    A decode step reads every weight once; in pages of 4 KiB each of them is looked up anew. Whoever
-    has taken an address of a weight before must do so again.
+    A decode step reads every weight once, and in pages of 4 KiB looks up where each of them is.
+    Addresses of weights that were taken before are no longer theirs.
     """
     unique = {id(weight): weight for weight in weights}.values()
     moving = [

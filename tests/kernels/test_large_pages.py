@@ -1,15 +1,22 @@
-"""Weights that are moved next to each other keep their values and whoever shares them."""
+"""Weights that are moved next to each other keep their values, also where they are shared."""
 
 from __future__ import annotations
 
 import torch
 
-from kvmesh.kernels.linear import PackedWeight, linear, move_to_large_pages, pack, unpack
+from kvmesh.kernels.linear import (
+    PackedWeight,
+    WeightFormat,
+    linear,
+    move_to_large_pages,
+    pack,
+    unpack,
+)
 
 
 def test_moved_weights_are_the_same_and_next_to_each_other() -> None:
     torch.manual_seed(0)
-    kinds = ("int4", "int8", "exact")
+    kinds: tuple[WeightFormat, ...] = ("int4", "int8", "exact")
     values = [torch.randn(9, 70) for _ in kinds]
     weights = [pack(value, kind) for value, kind in zip(values, kinds, strict=True)]
     want = [(unpack(weight), linear(torch.ones(2, 70), weight)) for weight in weights]
