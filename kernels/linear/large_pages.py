@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from collections.abc import Iterable
 from contextlib import suppress
@@ -40,6 +41,11 @@ def move_to_large_pages(weights: Iterable[PackedWeight]) -> None:
         # Frozen for everybody else: all who have this weight have it moved.
         object.__setattr__(weight, name, place.copy_(tensor))
         start += _aligned(tensor.nbytes)
+    del tensor
+    # What held the weights before is otherwise kept by glibc; other C libraries have no such call.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _aligned(num_bytes: int) -> int:
