@@ -1,11 +1,16 @@
-"""`make bench`: runs the CPU benchmarks one after the other; each also runs alone, with options."""
+"""`make bench`: runs the CPU benchmarks one after the other; each also runs alone, with options.
+
+The one next to llama.cpp says how to install that where it is missing."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 
-BENCHMARKS = ("benchmarks.engine", "benchmarks.serving", "benchmarks.attention_cpu")
+BENCHMARKS = (
+    *("benchmarks.engine", "benchmarks.serving", "benchmarks.attention_cpu"),
+    "benchmarks.llama_cpp",
+)
 
 
 def main() -> int:

@@ -1,20 +1,22 @@
 """The embedded model on CPUs, compared with llama.cpp on the same file, in one run.
 
     pip install xllamacpp==2026.10.11549    # llama.cpp in a wheel; nothing else here needs it
-    python -m benchmarks.llama_cpp [--threads N] [--rounds R] [--json FILE]
+    python -m benchmarks.llama_cpp [--threads N] [--rounds R] [--max-prompt TOKENS] [--json FILE]
 
 CPU milliseconds of a decode step after prompts of some lengths, for one stream and for sixteen, and
 prompt tokens a CPU second. llama.cpp reads the GGUF file with keys and values in q8_0 and flash
 attention, the engine the same weights, converted, with keys and values in int8; both greedy.
 
-A step's time is the difference between runs that generate many tokens and one; both sides
-alternate, and each figure is the smallest of the rounds, since a busy machine only adds to it.
+A round asks for one token of new prompts, which is their prefill, then with those cached for one
+and for many: a step's time is the difference of the last two. Both sides alternate, and each figure
+is the smallest of the rounds, since a busy machine only adds to it.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
+import itertools
 import json
 import tempfile
 import threading
@@ -41,9 +43,13 @@ RESULTS = HERE / "benchmarks" / "results" / "llama_cpp.json"
 TOKENS = 48
 MAX_STREAMS = 16
 # streams, tokens of each prompt
-CASES = ((1, 100), (1, 512), (1, 2048), (16, 64))
+CASES = ((1, 100), (1, 512), (1, 2048), (1, 6000), (16, 64))
 
-Run = Callable[[list[list[int]], int], None]  # prompts, tokens to generate for each
+# prompts, tokens to generate for each; a prompt that was computed before is found in a cache
+Run = Callable[[list[list[int]], int], None]
+
+NOT_INSTALLED = """llama.cpp is not installed: pip install xllamacpp==2026.10.11549
+"""
 
 console = Console()
 
@@ -73,7 +79,6 @@ def kvmesh_runs(threads: int) -> Run:
         model=EMBEDDED_NAME,
         max_num_seqs=MAX_STREAMS,
         threads_per_rank=threads,
-        prefix_cache=False,
         kv_probe="off",
     )
     engine = Engine(config, local_executor(config))
@@ -110,7 +115,7 @@ def llama_cpp_runs(gguf: Path, threads: int, streams: int, context: int) -> Run:
                 "samplers": ["top_k"],
                 "top_k": 1,
                 "ignore_eos": True,
-                "cache_prompt": False,
+                "cache_prompt": True,
             }
         )
 
@@ -130,23 +135,31 @@ def cpu_s(run: Run, prompts: list[list[int]], tokens: int) -> float:
     return time.process_time() - began_s
 
 
+def prefill_and_step_s(run: Run, prompts: list[list[int]]) -> tuple[float, float]:
+    """Of prompts that were not computed before."""
+    prefill_s = cpu_s(run, prompts, 1)
+    one_s, many_s = (cpu_s(run, prompts, tokens) for tokens in (1, 1 + TOKENS))
+    return prefill_s, (many_s - one_s) / TOKENS
+
+
 def measure(ours: Run, theirs: Run, streams: int, length: int, rounds: int) -> Row:
-    prompts = [prompt_of(length, seed) for seed in range(streams)]
+    seeds = itertools.count(1000 * length)  # no prompt begins like another
     for run in (ours, theirs):
-        run(prompts[:1], 2)  # warm up
+        run([prompt_of(length, next(seeds))], 2)  # warm up
     found: list[tuple[float, ...]] = []
     for _ in range(rounds):
+        prompts = [prompt_of(length, next(seeds)) for _ in range(streams)]
         found.append(
-            tuple(cpu_s(run, prompts, n) for run in (ours, theirs) for n in (1, 1 + TOKENS))
+            tuple(spent for run in (ours, theirs) for spent in prefill_and_step_s(run, prompts))
         )
-    first, whole, their_first, their_whole = (min(times) for times in zip(*found, strict=True))
+    prefill_s, step_s, their_prefill_s, their_step_s = map(min, zip(*found, strict=True))
     return Row(
         streams,
         length,
-        (whole - first) / TOKENS * 1e3,
-        (their_whole - their_first) / TOKENS * 1e3,
-        streams * length / first,
-        streams * length / their_first,
+        step_s * 1e3,
+        their_step_s * 1e3,
+        streams * length / prefill_s,
+        streams * length / their_prefill_s,
     )
 
 
@@ -156,13 +169,18 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--max-prompt", type=int, default=6000, help="leave longer prompts out")
     parser.add_argument("--json", type=Path, default=RESULTS)
     arguments = parser.parse_args()
+    if importlib.util.find_spec("xllamacpp") is None:
+        parser.exit(message=NOT_INSTALLED)
     ours = kvmesh_runs(arguments.threads)
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         gguf = fetch_embedded(Path(directory), lambda _what, _share: None)
         for streams, length in CASES:
+            if length > arguments.max_prompt:
+                continue
             theirs = llama_cpp_runs(gguf, arguments.threads, streams, length + TOKENS + 16)
             rows.append(measure(ours, theirs, streams, length, arguments.rounds))
     found = [

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from kvmesh.kernels import gpu
 from kvmesh.kernels.attention import paged_attention
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, ModelParams
+from kvmesh.kernels.layer import LayerRun
 from kvmesh.kernels.merge import merge_sinks
 from kvmesh.kernels.pointwise import rope_write
 from kvmesh.kernels.seal import seal_layers, seal_pages
@@ -93,6 +95,15 @@ class StepAttention:
         if sinks is not None:
             out, _ = merge_sinks(out, lse, sinks)
         return out
+
+    def through(
+        self, run: LayerRun, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> bool:
+        rank, step = self._rank, self._step
+        if not self._seals_last or rank.comm.kvp > 1 or gpu.runs_kernels(rank.pool.all_hot):
+            return False
+        pages = (rank.pool.all_hot, rank.pool.all_sealed)
+        return run(hidden, cos, sin, step.slots, *pages, step.batch, fmt=rank.fmt)
 
     def finish(self) -> None:
         """Seal what no layer has sealed."""

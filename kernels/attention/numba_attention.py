@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvmesh.kernels.addresses_numba import Record, address_of, record_of
 from kvmesh.kernels.attention import reference
 from kvmesh.kernels.attention.batch import AttentionBatch
-from kvmesh.kernels.attention.numba_loop import (
-    DecodeLoop,
-    Rule,
-    Scratch,
-    Sequences,
-    decode_loop,
-)
+from kvmesh.kernels.attention.numba_loop import DecodeLoop, decode_loop, missing_of
+from kvmesh.kernels.attention.numba_records import SEQUENCES, pages_record
 from kvmesh.kernels.attention.plan import check_queries, firsts_of, missing_page
 from kvmesh.kernels.attention.work import columns_below
-from kvmesh.kernels.exp2_numba import LOG2_E
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams
 from kvmesh.kernels.merge import merge_states
 from kvmesh.kernels.threads import loop_threads
@@ -36,27 +32,34 @@ def has_loop(fmt: KVFormat, page_size: int, head_dim: int, dtype: torch.dtype) -
 
 
 @dataclass(frozen=True, slots=True)
-class _Decode:
+class DecodePlan:
     """The decode part of a batch, derived once per step.
 
-    shares: the work of each thread, as units of `DecodeLoop.attend`
-    largest_group: sequences of it
+    sequences: SEQUENCES; held: the arrays that it has the addresses of
+    units: of `DecodeLoop.attend`, group by group; work [groups]: the pages that each reads
+    shares: the units of each thread
+    num_decoding, largest_group: sequences, of all and of a group
     scratches: the threads' memory, by the loop; layers use it one after the other
     """
 
-    sequences: Sequences
+    sequences: Record
+    held: tuple[Any, ...]
+    units: Ints
+    work: Ints
     shares: tuple[Ints, ...]
     splits: int
+    num_decoding: int
     largest_group: int
-    scratches: dict[tuple[int, int], tuple[Scratch, ...]] = field(default_factory=dict)
+    scratches: dict[tuple[int, int], tuple[torch.Tensor, ...]] = field(default_factory=dict)
 
-    def scratch(self, loop: DecodeLoop, group_heads: int) -> tuple[Scratch, ...]:
+    def scratch(self, loop: DecodeLoop, group_heads: int) -> tuple[torch.Tensor, ...]:
         """For each share. group_heads: query heads per KV head"""
         key = (id(loop), group_heads)
         found = self.scratches.get(key)
         if found is None:
-            rows = self.largest_group * group_heads
-            found = self.scratches[key] = tuple(loop.scratch(rows) for _ in self.shares)
+            size = loop.scratch_bytes(self.largest_group * group_heads)
+            found = tuple(torch.empty(size, dtype=torch.uint8) for _ in self.shares)
+            self.scratches[key] = found
         return found
 
 
@@ -75,47 +78,41 @@ def paged_attention(
     if batch.deterministic:
         batch = batch.by_query()
     num_tokens, num_heads, head_dim = q.shape
-    num_pages, sides, num_kv_heads, page_size, _ = hot.shape
+    num_pages, _, num_kv_heads, page_size, _ = hot.shape
     loop = decode_loop(fmt, page_size, head_dim, DTYPES[hot.dtype])
     if loop is None:
         raise ValueError(f"fmt: {fmt.name} has no compiled loop; use the reference backend")
-    decode = _decode_of(batch, num_kv_heads)
-    shape = (decode.splits, num_tokens, num_heads, loop.value_dim)
+    plan = decode_plan(batch, num_kv_heads)
+    shape = (plan.splits, num_tokens, num_heads, loop.value_dim)
     out = torch.empty(shape, dtype=torch.float32)
     lse = torch.empty(shape[:3], dtype=torch.float32)
-    if decode.sequences.members.size < num_tokens:  # some rows do not decode
+    if plan.num_decoding < num_tokens:  # some rows do not decode
         out.zero_()
         lse.fill_(-torch.inf)
-    rule = Rule(
-        decode.splits,
-        batch.sink_pages,
-        batch.recent_pages,
-        batch.stride,
-        sliding_window or 0,
-        np.float32(scale if softcap else scale * LOG2_E),
-        np.float32(softcap or 0.0),
+    pages = pages_record(
+        hot.data_ptr(),
+        sealed.data_ptr(),
+        (num_pages, sealed.shape[0]),
+        (num_heads, num_kv_heads),
+        scale,
+        softcap,
+        sliding_window,
     )
+    sequences, layer = address_of(plan.sequences), address_of(pages)
+    queries = q.float().contiguous()
+    rows = (queries.data_ptr(), out.data_ptr(), lse.data_ptr(), num_tokens)
 
-    def attend(share: Ints, scratch: Scratch) -> tuple[int, int, bool]:
+    def attend(share: Ints, scratch: torch.Tensor) -> int:
         if not len(share):  # nothing decodes, so the loop need not be compiled
-            return -1, 0, False
-        return loop.attend(  # type: ignore[no-any-return]
-            share, decode.sequences, rule, *arrays, scratch
-        )
+            return -1
+        work = (address_of(share), len(share), scratch.data_ptr())
+        return loop.attend(sequences, layer, *work, *rows)  # type: ignore[no-any-return]
 
-    arrays = (
-        q.float().contiguous().numpy(),
-        hot.view(num_pages, sides, num_kv_heads, -1).view(torch.uint8).numpy(),
-        sealed.numpy(),
-        out.numpy(),
-        lse.numpy(),
-    )
-    first, *work = zip(decode.shares, decode.scratch(loop, num_heads // num_kv_heads), strict=True)
-    others = [loop_threads().submit(attend, *each) for each in work]
-    for row, page, is_hot in [attend(*first), *(other.result() for other in others)]:
-        if row >= 0:
-            raise missing_page("hot_tables" if is_hot else "sealed_tables", row, page)
-    if decode.splits > 1:
+    first, *more = zip(plan.shares, plan.scratch(loop, num_heads // num_kv_heads), strict=True)
+    others = [loop_threads().submit(attend, *each) for each in more]
+    for code in [attend(*first), *(other.result() for other in others)]:
+        check_pages(code)
+    if plan.splits > 1:
         out, lse = merge_states(out, lse)
     else:
         out, lse = out[0], lse[0]
@@ -137,17 +134,24 @@ def paged_attention(
     return out, lse
 
 
-def _decode_of(batch: AttentionBatch, num_kv_heads: int) -> _Decode:
+def check_pages(code: int) -> None:
+    """Raises ValueError if a loop has returned a page that is missing."""
+    if code >= 0:
+        row, page, is_hot = missing_of(code)
+        raise missing_page("hot_tables" if is_hot else "sealed_tables", row, page)
+
+
+def decode_plan(batch: AttentionBatch, num_kv_heads: int) -> DecodePlan:
     """The batch's decode part, derived on first use."""
     threads = torch.get_num_threads()
     key = ("numba", num_kv_heads, threads)
-    decode = batch.plans.get(key)
-    if decode is None:
-        decode = batch.plans[key] = _plan(batch, num_kv_heads, threads)
-    return decode
+    plan: DecodePlan | None = batch.plans.get(key)
+    if plan is None:
+        plan = batch.plans[key] = _plan(batch, num_kv_heads, threads)
+    return plan
 
 
-def _plan(batch: AttentionBatch, num_kv_heads: int, threads: int) -> _Decode:
+def _plan(batch: AttentionBatch, num_kv_heads: int, threads: int) -> DecodePlan:
     starts = batch.query_starts.numpy().astype(np.int64)
     seq_lens = batch.seq_lens.numpy().astype(np.int64)
     counts = np.diff(starts)
@@ -166,19 +170,37 @@ def _plan(batch: AttentionBatch, num_kv_heads: int, threads: int) -> _Decode:
         splits = max(1, min(-(-2 * threads // tasks), int(work.max()) // MIN_PAGES_PER_THREAD))
     grid = tuple(np.indices((len(work), num_kv_heads, splits)))
     units = np.stack(grid, -1).reshape(-1, 3)
-    sequences = Sequences(
-        group_starts=group_starts,
-        members=members,
-        shared_pages=shared_pages,
-        tokens=starts[:-1],
-        seq_lens=seq_lens,
-        table_rows=batch.rows.numpy().astype(np.int64),
-        firsts=firsts_of(batch),
-        hot_tables=batch.hot_tables.numpy(),
-        sealed_tables=batch.sealed_tables.numpy(),
-    )
     shares = _assign(units, work[units[:, 0]], threads)
-    return _Decode(sequences, shares, splits, int(np.diff(group_starts).max(initial=0)))
+    largest_group = int(np.diff(group_starts).max(initial=0))
+    tables = [table.contiguous().numpy() for table in (batch.hot_tables, batch.sealed_tables)]
+    wide = {
+        "group_starts": group_starts,
+        "members": members,
+        "shared_pages": shared_pages,
+        "tokens": starts[:-1],
+        "seq_lens": seq_lens,
+        "table_rows": batch.rows.numpy().astype(np.int64),
+        "firsts": firsts_of(batch),
+    }
+    held = {name: np.ascontiguousarray(array, np.int64) for name, array in wide.items()}
+    sequences = record_of(
+        SEQUENCES,
+        **{name: address_of(array) for name, array in held.items()},
+        hot_tables=address_of(tables[0]),
+        sealed_tables=address_of(tables[1]),
+        num_groups=len(shared_pages),
+        num_members=len(members),
+        num_seqs=len(seq_lens),
+        num_rows=tables[0].shape[0],
+        max_pages=tables[0].shape[1],
+        largest_group=largest_group,
+        splits=splits,
+        sink_pages=batch.sink_pages,
+        recent_pages=batch.recent_pages,
+        stride=batch.stride,
+    )
+    kept = (*held.values(), *tables)
+    return DecodePlan(sequences, kept, units, work, shares, splits, len(members), largest_group)
 
 
 def _check_tables(batch: AttentionBatch, seq_lens: Ints) -> None:

@@ -11,12 +11,22 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numba
 import numpy as np
-import numpy.typing as npt
+from numba.np.numpy_support import carray
 
+from kvmesh.kernels.addresses_numba import (
+    bytes_at,
+    doubles,
+    entry_of,
+    floats,
+    integers,
+    narrow_integers,
+    pointer,
+)
+from kvmesh.kernels.attention.numba_records import PAGES, SEQUENCES
 from kvmesh.kernels.exp2_numba import EXP2_COEFFICIENTS, LOG2_E
 from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.kernels.formats.exact.side import Exact
@@ -24,7 +34,6 @@ from kvmesh.kernels.formats.tiles_numba import (
     BY_CHANNEL,
     BY_TOKEN,
     DENSE,
-    SideLoad,
     compiled,
     float_of,
     prefetch,
@@ -32,6 +41,8 @@ from kvmesh.kernels.formats.tiles_numba import (
 from kvmesh.kernels.numba_cache import keep_on_disk
 
 CACHE_LINE = 64
+_sequences_at, _pages_at = pointer(SEQUENCES), pointer(PAGES)
+ATTEND_ARGUMENTS = 9
 LN_2 = 0.6931471805599453
 _C0, _C1, _C2, _C3, _C4, _C5 = EXP2_COEFFICIENTS
 
@@ -203,108 +214,78 @@ def _absorber(page_size: int, head_dim: int, value_dim: int) -> Any:
     return absorb
 
 
-class Sequences(NamedTuple):
-    """The sequences of a batch and its tables.
-
-    group_starts [groups + 1], members: the decoding sequences, group by group
-    shared_pages [groups]: how many sealed pages after the sink the whole group shares
-    tokens, seq_lens, table_rows, firsts: for every sequence; tokens: its row of q
-    """
-
-    group_starts: Any
-    members: Any
-    shared_pages: Any
-    tokens: Any
-    seq_lens: Any
-    table_rows: Any
-    firsts: Any
-    hot_tables: Any
-    sealed_tables: Any
-
-
-class Rule(NamedTuple):
-    """Which keys are visible, and what scores are multiplied by.
-
-    splits: the number of parts in which a group's pages are read
-    stride: see `AttentionBatch`
-    scale: converts to base-2 scores, or with a softcap to natural-log scores
-    window: as in `window.py`, 0 for none; softcap: 0 for none
-    """
-
-    splits: int
-    sink_pages: int
-    recent_pages: int
-    stride: int
-    window: int
-    scale: Any
-    softcap: Any
-
-
-class Scratch(NamedTuple):
-    """A thread's memory for one group: tiles, and a row for each of its query heads."""
-
-    k_tile: Any
-    v_tile: Any
-    v_hot_tile: Any
-    k_numbers: Any
-    v_numbers: Any
-    queries: Any
-    scaled: Any
-    part: Any
-    scores: Any
-    acc: Any
-    top: Any
-    total: Any
-
-
 @compiled
 def _columns_below(page, first, stride):  # type: ignore[no-untyped-def]
     """See work.py."""
     return max(-((first - page) // stride), 0)
 
 
+@compiled
+def missing_code(row, page, is_hot):  # type: ignore[no-untyped-def]
+    """A page that is missing, as one number >= 0."""
+    return ((row << 31) + page) * 2 + is_hot
+
+
+def missing_of(code: int) -> tuple[int, int, bool]:
+    """Row, logical page, and whether it is missing from the hot tables."""
+    return code >> 32, code >> 1 & (1 << 31) - 1, bool(code & 1)
+
+
+def _scratch_places(
+    page_size: int, head_dim: int, value_dim: int, k_numbers: int, v_numbers: int
+) -> Any:
+    """(address, rows): where a thread's memory for one group has what, and where it ends: a tile
+    for keys and two for values, and a row for each query head of the group's sequences."""
+    tile, k_bytes, v_bytes = (
+        -(-4 * numbers // CACHE_LINE) * CACHE_LINE
+        for numbers in (page_size * head_dim, k_numbers, v_numbers)
+    )
+
+    @compiled
+    def places(start, rows):  # type: ignore[no-untyped-def]
+        k_tile = start
+        v_tile, v_hot_tile = k_tile + tile, k_tile + 2 * tile
+        k = k_tile + 3 * tile
+        v = k + k_bytes
+        acc = v + v_bytes
+        queries = acc + 8 * rows * value_dim
+        scaled = queries + 4 * rows * head_dim
+        part = scaled + 4 * rows * head_dim
+        scores = part + 4 * rows * value_dim
+        total = scores + 4 * rows * page_size
+        top = total + 8 * rows
+        end = top + 4 * rows
+        return k_tile, v_tile, v_hot_tile, k, v, acc, queries, scaled, part, scores, total, top, end
+
+    return places
+
+
 @dataclass(frozen=True, slots=True)
 class DecodeLoop:
-    """attend: (units, Sequences, Rule, q, hot, sealed, out, lse, Scratch) ->
-        (row, page, is_hot)
+    """attend: addresses of (SEQUENCES, PAGES, units), their count, addresses of (scratch, q, out,
+        lse), num_tokens -> -1, or the `missing_code` of a page that is missing
 
     units [n, 3] int64: group, KV head and split
+    scratch: a thread's, of `scratch_bytes`, at a multiple of 64
     q [num_tokens, num_heads, head_dim] fp32
     hot [pages, 2, num_kv_heads, bytes], sealed [pages, num_kv_heads, bytes], uint8; 1 instead of 2
         where values are the first value_dim channels of keys
     out [splits, num_tokens, num_heads, value_dim] fp32, lse [splits, num_tokens, num_heads]:
         normalised; -inf where a split has no key
-    Returns the table row and logical page of a missing page; row -1 if none is missing
     """
 
     attend: Any
-    page_size: int
-    head_dim: int
     value_dim: int
-    k: SideLoad
-    v: SideLoad
+    places: Any
 
-    def scratch(self, rows: int) -> Scratch:
+    def scratch_bytes(self, rows: int) -> int:
         """rows: query heads of the largest group's sequences, per KV head"""
-        tile = (self.page_size, self.head_dim)
+        return int(self.places.py_func(0, rows)[-1])
 
-        def empty(*shape: int, dtype: npt.DTypeLike = np.float32) -> Any:
-            return np.empty(shape, dtype)
-
-        return Scratch(
-            k_tile=empty(*tile),
-            v_tile=empty(*(tile[::-1] if self.v.transposed else tile)),
-            v_hot_tile=empty(*tile),
-            k_numbers=empty(self.k.numbers_size),
-            v_numbers=empty(self.v.numbers_size),
-            queries=empty(rows, self.head_dim),
-            scaled=empty(rows, self.head_dim),
-            part=empty(rows, self.value_dim),
-            scores=empty(rows, self.page_size),
-            acc=empty(rows, self.value_dim, dtype=np.float64),
-            top=empty(rows),
-            total=empty(rows, dtype=np.float64),
-        )
+    @property
+    def entry(self) -> int:
+        """The address of `attend`."""
+        return entry_of(self.attend, ATTEND_ARGUMENTS)
 
 
 @cache
@@ -323,38 +304,77 @@ def decode_loop(fmt: KVFormat, page_size: int, head_dim: int, dtype: str) -> Dec
     exact: Any = Exact().numba_load(*geometry)
     load_k, load_v, load_hot = k.load, v.load, exact.load
     k_grid, v_grid, v_transposed = k.grid, v.grid, v.transposed
+    k_numbers_size, v_numbers_size = k.numbers_size, v.numbers_size
+    v_shape = (head_dim, page_size) if v_transposed else (page_size, head_dim)
     k_bytes = fmt.k.num_bytes(page_size, head_dim, dtype_bytes)
     absorb = _absorber(page_size, head_dim, value_dim)
+    page_bytes = fmt.page_bytes(page_size, head_dim, dtype_bytes)
+    hot_bytes = page_size * head_dim * dtype_bytes
+    sides = fmt.stored_sides
+    places = _scratch_places(page_size, head_dim, value_dim, k.numbers_size, v.numbers_size)
 
     @compiled
-    def attend(units, batch, rule, q, hot, sealed, out, lse, scratch):  # type: ignore[no-untyped-def]
-        num_kv_heads, page_bytes = sealed.shape[1:]
-        group_heads = q.shape[1] // num_kv_heads
-        split_count, stride, window = rule.splits, rule.stride, rule.window
-        k_tile, v_tile, v_hot_tile = scratch.k_tile, scratch.v_tile, scratch.v_hot_tile
-        k_numbers, v_numbers = scratch.k_numbers, scratch.v_numbers
-        for u in range(units.shape[0]):
-            group, head, split = units[u]
-            seqs = batch.members[batch.group_starts[group] : batch.group_starts[group + 1]]
+    def attend(  # type: ignore[no-untyped-def]
+        sequences, pages, units, num_units, scratch, q, out, lse, num_tokens
+    ):
+        batch, layer = carray(_sequences_at(sequences), 1)[0], carray(_pages_at(pages), 1)[0]
+        num_heads, num_kv_heads = layer.num_heads, layer.num_kv_heads
+        group_heads = num_heads // num_kv_heads
+        split_count, stride, window = batch.splits, batch.stride, layer.window
+        scale, softcap = layer.scale, layer.softcap
+        group_starts = carray(integers(batch.group_starts), batch.num_groups + 1)
+        members = carray(integers(batch.members), batch.num_members)
+        shared_pages = carray(integers(batch.shared_pages), batch.num_groups)
+        tokens = carray(integers(batch.tokens), batch.num_seqs)
+        seq_lens = carray(integers(batch.seq_lens), batch.num_seqs)
+        table_rows = carray(integers(batch.table_rows), batch.num_seqs)
+        firsts = carray(integers(batch.firsts), batch.num_seqs)
+        shape = (batch.num_rows, batch.max_pages)
+        hot_tables = carray(narrow_integers(batch.hot_tables), shape)
+        sealed_tables = carray(narrow_integers(batch.sealed_tables), shape)
+        hot = carray(bytes_at(layer.hot), (layer.num_hot, sides, num_kv_heads, hot_bytes))
+        sealed = carray(bytes_at(layer.sealed), (layer.num_sealed, num_kv_heads, page_bytes))
+        work = carray(integers(units), (num_units, 3))
+        queries_of = carray(floats(q), (num_tokens, num_heads, head_dim))
+        outputs = carray(floats(out), (split_count, num_tokens, num_heads, value_dim))
+        lses = carray(floats(lse), (split_count, num_tokens, num_heads))
+        most = batch.largest_group * group_heads
+        at = places(scratch, most)
+        k_tile = carray(floats(at[0]), (page_size, head_dim))
+        v_tile = carray(floats(at[1]), v_shape)
+        v_hot_tile = carray(floats(at[2]), (page_size, head_dim))
+        k_numbers = carray(floats(at[3]), k_numbers_size)
+        v_numbers = carray(floats(at[4]), v_numbers_size)
+        acc_rows = carray(doubles(at[5]), (most, value_dim))
+        query_rows = carray(floats(at[6]), (most, head_dim))
+        scaled_rows = carray(floats(at[7]), (most, head_dim))
+        part_rows = carray(floats(at[8]), (most, value_dim))
+        score_rows = carray(floats(at[9]), (most, page_size))
+        total_rows = carray(doubles(at[10]), most)
+        top_rows = carray(floats(at[11]), most)
+        for u in range(num_units):
+            group, head, split = work[u]
+            seqs = members[group_starts[group] : group_starts[group + 1]]
             rows = len(seqs) * group_heads
-            queries, acc = scratch.queries[:rows], scratch.acc[:rows]
-            top, total = scratch.top[:rows], scratch.total[:rows]
+            queries, acc = query_rows[:rows], acc_rows[:rows]
+            top, total = top_rows[:rows], total_rows[:rows]
             for r in range(rows):
-                at = q[batch.tokens[seqs[r // group_heads]], head * group_heads + r % group_heads]
+                token = tokens[seqs[r // group_heads]]
+                query = queries_of[token, head * group_heads + r % group_heads]
                 for d in range(head_dim):
-                    queries[r, d] = at[d] * rule.scale
+                    queries[r, d] = query[d] * scale
                 for d in range(value_dim):
                     acc[r, d] = 0.0
                 top[r] = -np.inf
                 total[r] = 0.0
-            shared = 0 if window else batch.shared_pages[group]
+            shared = 0 if window else shared_pages[group]
             # First what all sequences read, then for each its own pages: sink, then others.
             for i in range(-1, len(seqs)):
-                row = batch.table_rows[seqs[max(i, 0)]]
+                row = table_rows[seqs[max(i, 0)]]
                 # Pages are counted in columns of the tables.
-                first = batch.firsts[seqs[max(i, 0)]]
-                sink = _columns_below(rule.sink_pages, first, stride)
-                last_slot = batch.seq_lens[seqs[max(i, 0)]] - 1
+                first = firsts[seqs[max(i, 0)]]
+                sink = _columns_below(batch.sink_pages, first, stride)
+                last_slot = seq_lens[seqs[max(i, 0)]] - 1
                 first_slot = 0
                 if window > 0:
                     first_slot = max(0, last_slot - window + 1)
@@ -372,7 +392,7 @@ def decode_loop(fmt: KVFormat, page_size: int, head_dim: int, dtype: str) -> Dec
                     num_sink = max(min(sink, end_page) - first_page, 0)
                     other_page = max(sink + shared, first_page)
                     num_other = max(end_page - other_page, 0)
-                    recent_from = _columns_below(last_page - rule.recent_pages, first, stride)
+                    recent_from = _columns_below(last_page - batch.recent_pages, first, stride)
                     recent_from = max(recent_from, sink)
                 count = num_sink + num_other
                 end_index = count * (split + 1) // split_count
@@ -381,11 +401,11 @@ def decode_loop(fmt: KVFormat, page_size: int, head_dim: int, dtype: str) -> Dec
                     if index >= num_sink:
                         page = other_page + index - num_sink
                     is_hot = page < sink or page >= recent_from
-                    tables = batch.hot_tables if is_hot else batch.sealed_tables
+                    tables = hot_tables if is_hot else sealed_tables
                     page_id = tables[row, page]
                     num_pages = hot.shape[0] if is_hot else sealed.shape[0]
                     if page_id < 0 or page_id >= num_pages:
-                        return row, first + stride * page, is_hot
+                        return missing_code(row, first + stride * page, is_hot)
                     start_slot = (first + stride * page) * page_size
                     if is_hot:
                         k = load_hot(hot[page_id, 0, head], k_tile, k_numbers)
@@ -393,10 +413,10 @@ def decode_loop(fmt: KVFormat, page_size: int, head_dim: int, dtype: str) -> Dec
                     else:
                         # Prefetch the next page, probably sealed too, while computing this one.
                         if index + 1 < end_index and page + 1 < recent_from:
-                            next_id = np.int64(batch.sealed_tables[row, page + 1])
+                            next_id = np.int64(sealed_tables[row, page + 1])
                             start = (next_id * num_kv_heads + head) * page_bytes
-                            for at in range(start, start + page_bytes, CACHE_LINE):
-                                prefetch(sealed, at)
+                            for line in range(start, start + page_bytes, CACHE_LINE):
+                                prefetch(sealed, line)
                         part = sealed[page_id, head]
                         k = load_k(part[:k_bytes], k_tile, k_numbers)
                         v = k if in_keys else load_v(part[k_bytes:], v_tile, v_numbers)
@@ -411,22 +431,22 @@ def decode_loop(fmt: KVFormat, page_size: int, head_dim: int, dtype: str) -> Dec
                         k_numbers if in_keys else v_numbers,
                         max(first_slot - start_slot, 0),
                         min(last_slot + 1 - start_slot, page_size),
-                        rule.softcap,
-                        scratch.scaled[block],
-                        scratch.part[block],
-                        scratch.scores[block],
+                        softcap,
+                        scaled_rows[block],
+                        part_rows[block],
+                        score_rows[block],
                         acc[block],
                         top[block],
                         total[block],
                     )
             for r in range(rows):
-                token = batch.tokens[seqs[r // group_heads]]
+                token = tokens[seqs[r // group_heads]]
                 q_head = head * group_heads + r % group_heads
                 share = 1.0 / total[r] if total[r] > 0.0 else 0.0
                 for d in range(value_dim):
-                    out[split, token, q_head, d] = acc[r, d] * share
-                lse[split, token, q_head] = (top[r] + math.log2(total[r])) * LN_2
-        return -1, 0, False
+                    outputs[split, token, q_head, d] = acc[r, d] * share
+                lses[split, token, q_head] = (top[r] + math.log2(total[r])) * LN_2
+        return -1
 
     keep_on_disk(attend, repr((fmt.k, fmt.v, geometry)))
-    return DecodeLoop(attend, page_size, head_dim, value_dim, k, v)
+    return DecodeLoop(attend, value_dim, places)

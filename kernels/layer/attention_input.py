@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor
 
+from kvmesh.kernels.addresses_numba import Record
 from kvmesh.kernels.layer import numba_attention_input, reference
 from kvmesh.kernels.linear import PackedWeight
 from kvmesh.kernels.linear.packed import BLOCK
@@ -33,6 +34,7 @@ class AttentionInput:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    record: Record = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         width = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
@@ -43,6 +45,16 @@ class AttentionInput:
             raise ValueError(f"bias: expected {[width]}, got {list(self.bias.shape)}")
         if hidden % BLOCK:
             raise ValueError(f"qkv: expected inputs in multiples of {BLOCK}, got {hidden}")
+        object.__setattr__(self, "record", numba_attention_input.record_of_input(self))
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        return self.norm.shape[0], self.num_heads, self.num_kv_heads, self.head_dim
+
+    @property
+    def products(self) -> int:
+        """Of a token."""
+        return self.qkv.shape[0] * self.qkv.in_features
 
     def __call__(
         self,
@@ -60,6 +72,13 @@ class AttentionInput:
         hot, slots: as in `write_hot`; hot is fp32
         Returns [T, num_heads, head_dim]. A token's result has the same bits in any batch.
         """
+        self.check(x, cos, sin, slots)
+        if backend == "reference":
+            return reference.attention_input(self, x, cos, sin, hot, slots)
+        return numba_attention_input.attention_input(self, x, cos, sin, hot, slots)
+
+    def check(self, x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor) -> None:
+        """Raises ValueError naming the argument."""
         tokens = x.shape[0]
         for name, tensor, shape in (
             ("x", x, (tokens, self.norm.shape[0])),
@@ -71,6 +90,3 @@ class AttentionInput:
                 raise ValueError(
                     f"{name}: expected a contiguous tensor {list(shape)}, got {list(tensor.shape)}"
                 )
-        if backend == "reference":
-            return reference.attention_input(self, x, cos, sin, hot, slots)
-        return numba_attention_input.attention_input(self, x, cos, sin, hot, slots)

@@ -6,11 +6,14 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numba
+import numpy as np
 import torch
+from numba.np.numpy_support import carray
 from torch import Tensor
 
+from kvmesh.kernels.addresses_numba import Record, address_of, pointer, record_of
 from kvmesh.kernels.layer import reference
-from kvmesh.kernels.layer.numba_layer import MIN_PRODUCTS_BY_ROWS, TOKENS, address_of
+from kvmesh.kernels.layer.numba_layer import MIN_PRODUCTS_BY_ROWS, TOKENS, codes_and_scales
 from kvmesh.kernels.linear.numba_linear import MIN_PRODUCTS_PER_THREAD, product_loop
 from kvmesh.kernels.linear.packed import BLOCK
 from kvmesh.kernels.numba_cache import keep_on_disk
@@ -26,66 +29,86 @@ if TYPE_CHECKING:
     from kvmesh.kernels.layer.attention_input import AttentionInput
 
 
+_WEIGHTS = np.dtype(
+    [
+        ("norm", np.int64),
+        ("eps", np.float64),
+        ("qkv", np.int64, 2),  # addresses of codes and scales
+        ("bias", np.int64),  # 0 for none
+        *((name, np.int64) for name in ("hidden", "heads", "kv_heads", "head_dim")),
+    ]
+)
+_weights_at = pointer(_WEIGHTS)
+ATTENTION_INPUT_ARGUMENTS = 12
+
+
 def attention_input(
     layer: AttentionInput, x: Tensor, cos: Tensor, sin: Tensor, hot: Tensor, slots: Tensor
 ) -> Tensor:
-    num_tokens, hidden = x.shape
-    width = layer.qkv.shape[0]
-    products = width * hidden
+    num_tokens, products = x.shape[0], layer.products
     if num_tokens < torch.get_num_threads() and products >= MIN_PRODUCTS_BY_ROWS:
         # Too few tokens for all threads, but not too few rows; the bits are the same.
         return reference.attention_input(layer, x, cos, sin, hot, slots, backend="numba")
     page_size = hot.shape[3]
     num_slots = hot.shape[0] * page_size
     out = torch.empty((num_tokens, layer.num_heads, layer.head_dim), dtype=x.dtype)
-    bias = 0 if layer.bias is None else layer.bias.data_ptr()
-    arguments = (
-        *(x.data_ptr(), layer.norm.data_ptr(), layer.eps, address_of(layer.qkv), bias),
-        *(cos.data_ptr(), sin.data_ptr(), hot.data_ptr(), slots.data_ptr(), out.data_ptr()),
-        *(hidden, layer.num_heads, layer.num_kv_heads, layer.head_dim, page_size, num_slots),
-    )
-    loop = _loop(layer.qkv.codes.dtype)
+    tensors = (x, cos, sin, hot, slots, out)
+    addresses = (address_of(layer.record), *(tensor.data_ptr() for tensor in tensors))
+    loop = attention_input_loop(layer)
 
     def work(first: int, end: int) -> None:
-        numbers = min(TOKENS, end - first) * (hidden + width)
+        numbers = min(TOKENS, end - first) * scratch_numbers(layer)
         scratch = torch.empty(numbers, dtype=torch.float32)
-        check_slot(loop(*arguments, scratch.data_ptr(), first, end), num_slots)
+        slot = loop(*addresses, page_size, num_slots, scratch.data_ptr(), first, end)
+        check_slot(slot, num_slots)
 
     in_parts(num_tokens, num_tokens * products // MIN_PRODUCTS_PER_THREAD, work)
     return out
 
 
+def record_of_input(layer: AttentionInput) -> Record:
+    """Its weights, as the loop reads them."""
+    return record_of(
+        _WEIGHTS,
+        norm=layer.norm.data_ptr(),
+        eps=layer.eps,
+        qkv=codes_and_scales(layer.qkv),
+        bias=0 if layer.bias is None else layer.bias.data_ptr(),
+        hidden=layer.norm.shape[0],
+        heads=layer.num_heads,
+        kv_heads=layer.num_kv_heads,
+        head_dim=layer.head_dim,
+    )
+
+
+def scratch_numbers(layer: AttentionInput) -> int:
+    """fp32 for a token"""
+    width, hidden = layer.qkv.shape
+    return width + hidden
+
+
+def attention_input_loop(layer: AttentionInput) -> Any:
+    """(addresses of its record, x, cos, sin, hot, slots and out, page_size, slots of hot, address
+    of scratch, first, end): of tokens [first, end); returns what `rope_write_loop` does
+
+    scratch: `scratch_numbers` for each of up to TOKENS tokens
+    """
+    return _loop(layer.qkv.codes.dtype)
+
+
 @cache
 def _loop(codes_dtype: torch.dtype) -> Any:
-    """(x, norm, eps, codes and scales, bias or 0, cos, sin, hot, slots, out, hidden, heads, KV
-    heads, head_dim, page_size, slots of hot, scratch, first, end): of tokens [first, end); returns
-    what `rope_write_loop` does"""
     product, normed, add, rope_write = (
         *(product_loop(codes_dtype), norm_loop(), add_loop(), rope_write_loop()),
     )
 
     @numba.njit(nogil=True)
     def attention_input(  # type: ignore[no-untyped-def]
-        x,
-        norm,
-        eps,
-        weight,
-        bias,
-        cos,
-        sin,
-        hot,
-        slots,
-        out,
-        hidden,
-        heads,
-        kv_heads,
-        head_dim,
-        page_size,
-        num_slots,
-        scratch,
-        first,
-        end,
+        record, x, cos, sin, hot, slots, out, page_size, num_slots, scratch, first, end
     ):
+        weights = carray(_weights_at(record), 1)[0]
+        qkv, bias, hidden = weights.qkv, weights.bias, weights.hidden
+        heads, kv_heads, head_dim = weights.heads, weights.kv_heads, weights.head_dim
         head, width = 4 * head_dim, (heads + 2 * kv_heads) * head_dim
         most = min(TOKENS, end - first)
         y, q = scratch, scratch + 4 * most * hidden
@@ -93,8 +116,8 @@ def _loop(codes_dtype: torch.dtype) -> Any:
         v = k + kv_heads * head
         for start in range(first, end, TOKENS):
             count = min(TOKENS, end - start)
-            normed(x + 4 * start * hidden, 0, norm, y, hidden, eps, 0, count)
-            product(weight[0], weight[1], y, q, width, hidden // BLOCK, count, 0, width)
+            normed(x + 4 * start * hidden, 0, weights.norm, y, hidden, weights.eps, 0, count)
+            product(qkv[0], qkv[1], y, q, width, hidden // BLOCK, count, 0, width)
             if bias != 0:
                 for token in range(count):
                     add(bias, q + 4 * token * width, width)
@@ -108,7 +131,6 @@ def _loop(codes_dtype: torch.dtype) -> Any:
                 return slot
         return -1
 
-    count, pair = numba.int64, numba.types.UniTuple(numba.int64, 2)
     keep_on_disk(attention_input, repr(("attention input", codes_dtype)))
-    attention_input.compile((count, count, numba.float64, pair, *(count,) * 15))
+    attention_input.compile((numba.int64,) * ATTENTION_INPUT_ARGUMENTS)
     return attention_input

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor
 
+from kvmesh.kernels.addresses_numba import Record
 from kvmesh.kernels.layer import numba_layer, reference
 from kvmesh.kernels.linear import PackedWeight
 from kvmesh.kernels.linear.packed import BLOCK
@@ -31,6 +32,7 @@ class FeedForward:
     eps: float
     gate_up: PackedWeight
     down: PackedWeight
+    record: Record = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         hidden, width = self.down.shape
@@ -46,6 +48,13 @@ class FeedForward:
                 )
         if any(size % BLOCK for size in (hidden, width, self.o_proj.in_features)):
             raise ValueError(f"o_proj, gate_up, down: expected inputs in multiples of {BLOCK}")
+        object.__setattr__(self, "record", numba_layer.record_of_layer(self))
+
+    @property
+    def products(self) -> int:
+        """Of a token."""
+        hidden, width = self.down.shape
+        return hidden * (self.o_proj.in_features + 3 * width)
 
     def __call__(self, heads: Tensor, residual: Tensor, *, backend: str = "numba") -> None:
         """residual += o_proj heads, then += down(silu(gate n) * up n) of n = its norm, in place.
@@ -61,6 +70,4 @@ class FeedForward:
                 f" got {list(heads.shape)}"
             )
         implementation = {"numba": numba_layer, "reference": reference}[backend]
-        implementation.feed_forward(
-            heads, residual, self.o_proj, self.norm, self.eps, self.gate_up, self.down
-        )
+        implementation.feed_forward(self, heads, residual)

@@ -11,6 +11,7 @@ from kvmesh.kernels.linear import PackedWeight
 
 if TYPE_CHECKING:
     from kvmesh.kernels.layer.attention_input import AttentionInput
+    from kvmesh.kernels.layer.op import FeedForward
 
 
 def attention_input(
@@ -31,17 +32,11 @@ def attention_input(
     return pointwise.rope_write(q, k, v, cos, sin, hot, slots, backend=backend)
 
 
-def feed_forward(
-    heads: Tensor,
-    residual: Tensor,
-    o_proj: PackedWeight,
-    norm: Tensor,
-    eps: float,
-    gate_up: PackedWeight,
-    down: PackedWeight,
-) -> None:
+def feed_forward(layer: FeedForward, heads: Tensor, residual: Tensor) -> None:
     def product(x: Tensor, weight: PackedWeight) -> Tensor:
         return linear.linear(x, weight, backend="reference")
 
-    x = pointwise.add_rms_norm(product(heads, o_proj), residual, norm, eps, backend="reference")
-    residual += product(pointwise.silu_mul(product(x, gate_up), backend="reference"), down)
+    x = product(heads, layer.o_proj)
+    x = pointwise.add_rms_norm(x, residual, layer.norm, layer.eps, backend="reference")
+    x = pointwise.silu_mul(product(x, layer.gate_up), backend="reference")
+    residual += product(x, layer.down)

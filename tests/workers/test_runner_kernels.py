@@ -8,6 +8,7 @@ GPU the kernels run in Triton's interpreter, and there are no graphs.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from kvmesh.kernels import gpu
 from kvmesh.kernels.attention import DecodeWork, Windows, paged_attention
 from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.kernels.formats.registry import get_format
+from kvmesh.kernels.layer import LayerRun
 from kvmesh.kernels.seal import seal_layers, seal_pages
 from kvmesh.kernels.write import write_hot
 from kvmesh.workers import step_attention
@@ -30,6 +32,7 @@ from kvmesh.workers.plan import StepPlan
 from kvmesh.workers.runner import ModelRunner
 from kvmesh.workers.sizes import PageGeometry, page_bytes_of
 from kvmesh.workers.step import StepArrays, Works
+from kvmesh.workers.step_attention import StepAttention
 
 SHAPE = SHAPES["tiny"]
 SIZE, CONTEXT = 64, 258
@@ -97,6 +100,36 @@ def filled_rank(
     return rank
 
 
+def layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No layers are taken in one call."""
+    monkeypatch.setattr(StepAttention, "through", lambda *_: False)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="on CPUs alone")
+def test_layers_in_one_call_have_the_bits_of_one_after_the_other(
+    model: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fmt, calls = get_format("exact"), []
+    steps, made = plans(fmt, batch=2, steps=3)
+    taken = LayerRun.__call__
+
+    def counted(*arguments: Any, **options: Any) -> bool:
+        calls.append(taken(*arguments, **options))
+        return calls[-1]
+
+    monkeypatch.setattr(LayerRun, "__call__", counted)
+    rank = filled_rank(model, fmt, steps)
+    found = [rank.score(plan) for plan in made]
+    assert calls == [True] * len(made)  # one for all layers
+    layer_by_layer(monkeypatch)
+    rank = filled_rank(model, fmt, steps)
+    for plan, logits in zip(made, found, strict=True):
+        want = rank.score(plan)
+        assert want is not None and logits is not None and want.equal(logits)
+    assert len(calls) == len(made)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kv_format", ["exact", "k4v2", "nuq3"])
 def test_decode_steps_equal_those_of_plain_torch(
@@ -105,6 +138,7 @@ def test_decode_steps_equal_those_of_plain_torch(
     fmt = get_format(kv_format)
     steps, made = plans(fmt, batch=2, steps=6)
     assert sum(len(plan.seal_hot) for plan in made[:-2]) == 1  # and read afterwards
+    layer_by_layer(monkeypatch)
     logits: list[list[torch.Tensor | None]] = []
     for backend in ("reference", "triton"):
         for operator in (paged_attention, write_hot, seal_pages, seal_layers):

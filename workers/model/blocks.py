@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvmesh.kernels import gpu
-from kvmesh.kernels.layer import AttentionInput, FeedForward
+from kvmesh.kernels.layer import AttentionInput, FeedForward, RunLayer
 from kvmesh.kernels.linear import PackedWeight
 from kvmesh.kernels.pointwise import add_rms_norm, has_loops, rms_norm, silu_mul
 from kvmesh.kernels.pointwise.reference import rotate
@@ -151,6 +151,15 @@ class FusedAttention(nn.Module):
         )
 
     @property
+    def args(self) -> AttendArgs:
+        return self._args
+
+    @property
+    def layer(self) -> int:
+        """Its number among those that have pages."""
+        return self._layer
+
+    @property
     def folds_values(self) -> bool:
         """Whether nothing but the projections sees values, and their weights are plain tensors, of
         whole heads: kvp ranks may each have a part of one."""
@@ -269,6 +278,18 @@ class FusedLayer(nn.Module):
         self._activates = type(source.mlp.activation).__name__ in ("SiLUActivation", "SiLU")
         self._before = source.self_attn.input_after(source.input_layernorm)
         self._after = _feed_forward(source) if self._activates else None
+
+    @property
+    def in_run(self) -> RunLayer | None:
+        """The layer as part of a `LayerRun`, if nothing of it needs other operators."""
+        if self._before is None or self._after is None:
+            return None
+        attention = self.plain.self_attn
+        args = attention.args
+        return RunLayer(
+            *(self._before, self._after, attention.layer),
+            *(args.scale, args.softcap, args.sliding_window),
+        )
 
     def forward(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **kwargs: Any

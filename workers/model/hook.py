@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from kvmesh.kernels.layer import LayerRun
 from kvmesh.workers.model.recurrent_state import StepStates
 
 IMPLEMENTATION = "kvmesh"
@@ -62,6 +63,11 @@ class WrittenAttend(Protocol):
 
     def read(self, layer: int, q: Tensor, args: AttendArgs) -> Tensor:
         """[T, Hq, D] like q, once keys and values are there"""
+        ...
+
+    def through(self, run: LayerRun, hidden: Tensor, cos: Tensor, sin: Tensor) -> bool:
+        """Take the hidden states [T, hidden] through these layers, in place; False, and nothing has
+        changed, if they have to be taken layer by layer"""
         ...
 
 

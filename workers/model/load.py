@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from kvmesh.kernels.formats.rotation import rotation_matrix
-from kvmesh.kernels.linear import PackedWeight
+from kvmesh.kernels.linear import PackedWeight, move_to_large_pages
 from kvmesh.workers.config import WeightFormatName
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 from kvmesh.workers.model.architectures import ARCHITECTURES
@@ -23,6 +23,7 @@ from kvmesh.workers.model.blocks import FusedAttention, FusedLayer, fuse, fused_
 from kvmesh.workers.model.delta_net import GatedDeltaNet
 from kvmesh.workers.model.facts import ModelFacts, read_facts, read_json
 from kvmesh.workers.model.hook import IMPLEMENTATION, Attend, AttendSlot, Entry, attach
+from kvmesh.workers.model.layer_stack import stacked
 from kvmesh.workers.model.mamba2 import Mamba2Mixer
 from kvmesh.workers.model.recurrent_state import StepStates
 from kvmesh.workers.model.rg_lru import GatedLinearRecurrence
@@ -309,7 +310,8 @@ def build_model(
             _localise(mixer, comm)
             attach(mixer, slot)
         fuse(layer, facts.sliding_windows[index], slot, comm)
-    model.model.layers = nn.ModuleList(fused_layer(layer) for layer in model.model.layers)
+    move_to_large_pages(_packed(model))
+    model.model.layers = stacked(map(fused_layer, model.model.layers), slot)
     norm = next(name for name in _LAST_NORMS if hasattr(model.model, name))
     setattr(model.model, norm, lean_norm(getattr(model.model, norm)))
     _check_complete(model, facts.name)
@@ -382,6 +384,12 @@ def _localise(attention: Any, comm: Communicator) -> None:
         if norm is not None:
             count = len(norm.norms) // comm.tp
             norm.norms = norm.norms[comm.tp_rank * count : (comm.tp_rank + 1) * count]
+
+
+def _packed(model: nn.Module) -> list[PackedWeight]:
+    """In the order in which a step reads them."""
+    weights = (getattr(part, "weight", None) for part in model.modules())
+    return [weight for weight in weights if isinstance(weight, PackedWeight)]
 
 
 def _check_complete(model: nn.Module, name_of_model: str) -> None:

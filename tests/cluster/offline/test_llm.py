@@ -202,7 +202,8 @@ def test_wrong_settings_are_named(settings: dict[str, Any], field: str, words: s
 
 
 @pytest.mark.parametrize(
-    ("policy", "kv_format"), [(0, "exact"), (4, "int4"), (8, "int8"), (42, "k4v2"), (None, "default")]
+    ("policy", "kv_format"),
+    [(0, "exact"), (4, "int4"), (8, "int8"), (42, "k4v2"), (None, "default")],
 )
 def test_a_quant_policy_is_a_kv_format(policy: int | None, kv_format: str) -> None:
     found = offline_config(None, None, None, policy, {})
