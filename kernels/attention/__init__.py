@@ -10,13 +10,12 @@ from kvmesh.kernels.attention.op import (
     warm_up,
     warm_up_far,
 )
+from kvmesh.kernels.attention.window import Windows, columns_below
 from kvmesh.kernels.attention.work import (
     PREFILL_CHUNK_TOKENS,
     DecodeWork,
     Lengths,
     Round,
-    Windows,
-    columns_below,
     workspace_bytes,
 )
 

@@ -14,7 +14,8 @@ import torch
 
 from kvmesh.kernels.attention import triton_attention
 from kvmesh.kernels.attention.batch import AttentionBatch
-from kvmesh.kernels.attention.work import DECODED_AT_ONCE, DECODED_TOKENS, Lengths, Windows
+from kvmesh.kernels.attention.window import Windows
+from kvmesh.kernels.attention.work import DECODED_AT_ONCE, DECODED_TOKENS, Lengths
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams
 from kvmesh.kernels.formats.registry import get_format
 
@@ -65,13 +66,10 @@ def _divide(
     batch: AttentionBatch, sliding_window: int | None
 ) -> Iterator[tuple[slice, torch.Tensor, AttentionBatch]]:
     lengths = Lengths.of(batch)
-    windows = Windows(
-        batch.page_size, batch.sink_pages, batch.recent_pages, sliding_window, batch.stride
-    )
+    windows = Windows.of(batch, sliding_window)
     # From the first page that the first new token reads to the last one that the last reads.
-    past = lengths.seq_lens - lengths.counts
-    first, _ = windows.sealed_pages(replace(lengths, seq_lens=past + 1))
-    _, end = windows.sealed_pages(lengths)
+    first, _ = lengths.sealed_of_first(windows)
+    _, end = lengths.sealed(windows)
     counts = (end - first).clip(min=0) * (lengths.counts > 0)
     start = 0
     while start < batch.num_seqs:

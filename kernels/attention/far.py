@@ -16,12 +16,13 @@ so near keys are divided as they would be without it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from kvmesh.kernels.attention import work
-from kvmesh.kernels.attention.work import Ints, Lengths, Windows
+from kvmesh.kernels.attention.window import Ints, Windows
+from kvmesh.kernels.attention.work import Lengths
 
 # Tokens of a layer that the workspace holds: 256 MiB for 8 KV heads of 128 channels.
 FAR_TOKENS = 65536
@@ -78,8 +79,7 @@ class FarWork:
         if not pays.any():
             return cls.none(lengths)
         chunk = windows.chunk_pages(work.PREFILL_CHUNK_TOKENS)
-        at_first_query = replace(lengths, seq_lens=lengths.seq_lens - counts + 1)
-        first, end = windows.sealed_pages(at_first_query)
+        first, end = lengths.sealed_of_first(windows)
         chunks = end // chunk
         chunks[~pays | (chunks * chunk <= first)] = 0
         starts = lengths.query_starts

@@ -18,7 +18,7 @@ from kvmesh.kernels.attention.numba_loop import (
     decode_loop,
 )
 from kvmesh.kernels.attention.plan import check_queries, firsts_of, missing_page
-from kvmesh.kernels.attention.work import columns_below
+from kvmesh.kernels.attention.window import columns_below
 from kvmesh.kernels.exp2_numba import LOG2_E
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams
 from kvmesh.kernels.merge import merge_states

@@ -26,10 +26,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from kvmesh.kernels.attention.window import first_seen
+from kvmesh.kernels.attention.window import Ints, Windows
 from kvmesh.kernels.formats.base import KVFormat
 
 if TYPE_CHECKING:
@@ -48,16 +47,9 @@ MAX_PREFILL_BYTES = 64 << 20
 # and those that are decoded at once.
 DECODED_TOKENS, DECODED_AT_ONCE = 65536, 16384
 
-Ints = npt.NDArray[np.int64]
 # Keys of latents that a program reads for a decoding sequence, and bytes of results that are held
 # at a time, unless one sequence has more.
 LATENT_PART_TOKENS, MAX_LATENT_BYTES = 1024, 256 << 20
-
-
-def columns_below(pages: Any, firsts: Any, stride: int) -> Any:
-    """How many of the logical pages firsts, firsts + stride, … are below `pages`; of ints or of
-    arrays alike."""
-    return np.maximum(-((firsts - pages) // stride), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,38 +82,13 @@ class Lengths:
         """New tokens of each sequence."""
         return np.diff(self.query_starts)
 
-
-@dataclass(frozen=True, slots=True)
-class Windows:
-    """Which pages a query reads exactly, and how far back it sees; as in `AttentionBatch`."""
-
-    page_size: int
-    sink_pages: int
-    recent_pages: int
-    sliding_window: int | None
-    stride: int = 1
-
-    def chunk_pages(self, tokens: int) -> int:
-        return max(1, tokens // self.page_size)
-
-    def sink_columns(self, lengths: Lengths) -> Any:
-        """How many sink pages of each sequence are here."""
-        if lengths.firsts is None:
-            return self.sink_pages
-        return columns_below(self.sink_pages, lengths.firsts, self.stride)
-
-    def sealed_pages(self, lengths: Lengths) -> tuple[Ints, Ints]:
+    def sealed(self, windows: Windows) -> tuple[Ints, Ints]:
         """Columns of the sealed pages that the sequences' last queries read: first and end."""
-        positions = lengths.seq_lens - 1
-        first = np.full_like(positions, self.sink_pages)
-        if self.sliding_window is not None:
-            seen = first_seen(positions, self.sliding_window) // self.page_size
-            first = np.maximum(first, seen)
-        end = np.maximum(first, positions // self.page_size - self.recent_pages)
-        if lengths.firsts is None:
-            return first, end
-        first, end = (columns_below(x, lengths.firsts, self.stride) for x in (first, end))
-        return first, end
+        return windows.sealed(self.seq_lens - 1, self.firsts)
+
+    def sealed_of_first(self, windows: Windows) -> tuple[Ints, Ints]:
+        """Those that the sequences' first new tokens read."""
+        return windows.sealed(self.seq_lens - self.counts, self.firsts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,13 +117,13 @@ class DecodeWork:
     def of(cls, lengths: Lengths, windows: Windows) -> DecodeWork:
         chunk = windows.chunk_pages(DECODE_CHUNK_TOKENS)
         decodes = lengths.counts == 1
-        first, end = windows.sealed_pages(lengths)
+        first, end = lengths.sealed(windows)
         shared = np.zeros_like(first)
         set_chunks = np.zeros(0, np.int64)
         pages = lengths.prefix_pages
         if pages is not None and windows.sliding_window is None:
             first = first + pages
-            sink = windows.sink_columns(lengths)
+            sink = windows.columns(windows.sink_pages, lengths.firsts)
             shared = np.where(pages > 0, -(-(sink + pages) // chunk) - sink // chunk, 0)
             assert lengths.members is not None and lengths.set_starts is not None
             sizes = np.diff(lengths.set_starts)
@@ -221,8 +188,8 @@ class PrefillWork:
             (`far.py`); min_queries: sequences with fewer new tokens have no items"""
         chunk = windows.chunk_pages(PREFILL_CHUNK_TOKENS)
         counts = lengths.counts
-        _, end = windows.sealed_pages(lengths)
-        seen, _ = windows.sealed_pages(replace(lengths, seq_lens=lengths.seq_lens - counts + 1))
+        _, end = lengths.sealed(windows)
+        seen, _ = lengths.sealed_of_first(windows)
         bases = np.maximum(seen // chunk, far_chunks)
         parts = np.maximum(-(-end // chunk) - bases, 1)
         blocks = np.where(counts >= min_queries, -(-counts // block_q), 0)

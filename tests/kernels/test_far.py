@@ -13,7 +13,8 @@ from kvmesh.kernels.attention import dense, far, paged_attention, triton_launch,
 from kvmesh.kernels.attention.dense import DenseAttention, dense_attention
 from kvmesh.kernels.attention.far import FarWork, far_bytes, workspace_numbers
 from kvmesh.kernels.attention.triton_far import FarLaunches
-from kvmesh.kernels.attention.work import Lengths, Windows
+from kvmesh.kernels.attention.window import Windows
+from kvmesh.kernels.attention.work import Lengths
 from kvmesh.kernels.formats.registry import get_format
 from kvmesh.kernels.merge import merge_states
 from tests.kernels.cases import Case, Shape, make_case, truth
@@ -128,7 +129,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     run = FarLaunches.run
 
     def counted(self: FarLaunches, *tensors: torch.Tensor) -> None:
-        counts.append(len(self.keys))
+        counts.append(len(self.chunks))
         run(self, *tensors)
 
     monkeypatch.setattr(FarLaunches, "run", counted)

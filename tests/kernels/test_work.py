@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from kvmesh.kernels.attention import paged_attention, triton_launch, work
-from kvmesh.kernels.attention.work import DecodeWork, Lengths, PrefillWork, Windows
+from kvmesh.kernels.attention.window import Windows
+from kvmesh.kernels.attention.work import DecodeWork, Lengths, PrefillWork
 from kvmesh.kernels.formats.registry import get_format
 from tests.kernels.cases import Case, Shape, make_case, truth, with_prefixes
 
