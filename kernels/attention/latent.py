@@ -14,11 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from kvmesh.kernels import workspace
 from kvmesh.kernels.attention.batch import AttentionBatch
 from kvmesh.kernels.attention.latent_form import form_of, launch_options
 from kvmesh.kernels.attention.triton_latent import latent_kernel
 from kvmesh.kernels.attention.window import Ints
-from kvmesh.kernels.attention.work import LATENT_PART_TOKENS, MAX_LATENT_BYTES, Lengths
+from kvmesh.kernels.attention.work import Lengths
 from kvmesh.kernels.direct import BoundKernel, Grid
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams
 from kvmesh.kernels.gpu import gpu_of
@@ -96,7 +97,7 @@ def _rows(
     for tokens, seqs, parts in _divide(batch, num_heads * form.values):
         both = torch.from_numpy(np.stack((tokens, seqs))).to(q.device)
         token_ids, seq_ids = both.int()
-        part_columns = max(1, LATENT_PART_TOKENS // page_size)
+        part_columns = max(1, workspace.LATENT_PART_TOKENS // page_size)
         fixed = (
             token_ids,
             seq_ids,
@@ -134,10 +135,12 @@ def _divide(batch: AttentionBatch, row_numbers: int) -> Iterator[tuple[Ints, Int
     # Sequences of similar lengths together, as the longest decides on the number of parts.
     decoding = np.flatnonzero(counts == 1)
     decoding = decoding[np.argsort(-lengths.seq_lens[decoding], kind="stable")]
-    part_tokens = max(1, LATENT_PART_TOKENS // batch.page_size) * batch.page_size * batch.stride
+    part_tokens = (
+        max(1, workspace.LATENT_PART_TOKENS // batch.page_size) * batch.page_size * batch.stride
+    )
     while len(decoding):
         parts = -(-int(lengths.seq_lens[decoding[0]]) // part_tokens)
-        at_once = max(1, MAX_LATENT_BYTES // (4 * parts * row_numbers))
+        at_once = max(1, workspace.MAX_LATENT_BYTES // (4 * parts * row_numbers))
         some, decoding = decoding[:at_once], decoding[at_once:]
         yield starts[some], some, parts
     chunks = np.flatnonzero(counts > 1)
