@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kvmesh.cluster.simulator.hardware import Gpu
 
 GIB = 1 << 30
-_LEGEND = """weights, steps, KV: of a GPU; longest: tokens of one sequence alone (k, M: 1,024, 1,048,576);
+_LEGEND = """weights, steps, KV: of a GPU; longest: tokens of one sequence (k, M: 1,024, 1,048,576);
 at once: sequences of the wanted length, on all GPUs; TTFT, TPOT: modelled;
 limit: of the context; †: needs calibration; ‡: not served by this version"""
 

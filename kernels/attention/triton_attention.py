@@ -58,7 +58,7 @@ def paged_attention(
     step = batch.plans.get(key)
     if step is None:
         check_arenas(hot, sealed)
-        layers = _Layers.of(q, hot, batch, fmt, scale, softcap, sliding_window)
+        layers = _StepLayers.of(q, hot, batch, fmt, scale, softcap, sliding_window)
         step = batch.plans[key] = layers.step()
     q = q.contiguous()
     out = torch.empty_like(q)
@@ -117,7 +117,7 @@ class _Step:
 
 
 @dataclass(frozen=True, slots=True)
-class _Layers:
+class _StepLayers:
     """Layers of one kind in a step, from which their launches follow.
 
     like: any layer's q; softmax: (factor of q·k, softcap, sliding window), as kernels take it
@@ -143,7 +143,7 @@ class _Layers:
         scale: float,
         softcap: float | None,
         sliding_window: int | None,
-    ) -> _Layers:
+    ) -> _StepLayers:
         return cls(
             q,
             batch,

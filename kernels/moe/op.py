@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
+from kvmesh.kernels.linear import PackedWeight
 from kvmesh.kernels.moe import reference
 from kvmesh.kernels.moe.glu import SWIGLU, GatedUnit
+
+ExpertWeights = torch.Tensor | Sequence[PackedWeight]
 
 
 def expert_mlp(
     x: torch.Tensor,
     experts: torch.Tensor,
     weights: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: ExpertWeights,
+    down: ExpertWeights,
     *,
     glu: GatedUnit = SWIGLU,
     gate_up_bias: torch.Tensor | None = None,
     down_bias: torch.Tensor | None = None,
+    deterministic: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Σ over a token's experts e of weight · (glu(x · gate_eᵀ, x · up_eᵀ) · down_eᵀ)
@@ -29,24 +33,27 @@ def expert_mlp(
         [0, num_experts) belong to another rank and add nothing
     weights: [num_tokens, top_k], of the experts in the sum
     gate_up: [num_experts, 2 * width, hidden], dtype of x; first the rows of the gate
-    down: [num_experts, hidden, width]
+    down: [num_experts, hidden, width]; both may be a list of packed weights on CPUs
     gate_up_bias: [num_experts, 2 * width] or None; down_bias: [num_experts, hidden] or None
+    deterministic: a token's result has the same bits in any batch; on CPUs with packed weights and
+        SwiGLU alone
     backend: None picks the kernels on GPUs and plain torch elsewhere
     Returns [num_tokens, hidden] like x. On GPUs nothing synchronises with the host and no
     shape depends on data. A token's experts are summed in the order in which they are given,
     so that its result depends on no other token.
     Raises ValueError naming the argument.
     """
-    num_experts, double, hidden = gate_up.shape if gate_up.dim() == 3 else (0, 0, 0)
-    if x.dim() != 2 or double % 2 or x.shape[1] != hidden or gate_up.dtype != x.dtype:
+    (shape, dtype), (down_shape, down_dtype) = _described(gate_up), _described(down)
+    num_experts, double, hidden = shape if len(shape) == 3 else (0, 0, 0)
+    if x.dim() != 2 or double % 2 or x.shape[1] != hidden or dtype != x.dtype:
         raise ValueError(
             "x, gate_up: expected [num_tokens, hidden] and [num_experts, 2 * width, hidden] of "
-            f"one dtype, got {tuple(x.shape)} {x.dtype} and {tuple(gate_up.shape)} {gate_up.dtype}"
+            f"one dtype, got {tuple(x.shape)} {x.dtype} and {shape} {dtype}"
         )
-    if down.shape != (num_experts, hidden, double // 2) or down.dtype != x.dtype:
+    if down_shape != (num_experts, hidden, double // 2) or down_dtype != x.dtype:
         raise ValueError(
             f"down: expected {(num_experts, hidden, double // 2)} {x.dtype}, "
-            f"got {tuple(down.shape)} {down.dtype}"
+            f"got {down_shape} {down_dtype}"
         )
     if experts.dim() != 2 or experts.shape[0] != x.shape[0] or weights.shape != experts.shape:
         raise ValueError(
@@ -59,7 +66,14 @@ def expert_mlp(
     ):
         if bias is not None and bias.shape != (num_experts, width):
             raise ValueError(f"{name}: expected {(num_experts, width)}, got {tuple(bias.shape)}")
-    return _implementation(x, backend)(
+    implementation = _implementation(x, backend)
+    packed = not isinstance(gate_up, torch.Tensor) and not isinstance(down, torch.Tensor)
+    if implementation is reference.expert_mlp:
+        if deterministic and not (packed and glu == SWIGLU):
+            raise ValueError("deterministic: expected packed weights and SwiGLU with plain torch")
+    elif packed:
+        raise ValueError("gate_up, down: expected tensors for the kernels, got packed weights")
+    return implementation(
         x,
         experts,
         weights,
@@ -68,7 +82,15 @@ def expert_mlp(
         glu=glu,
         gate_up_bias=gate_up_bias,
         down_bias=down_bias,
+        deterministic=deterministic,
     )
+
+
+def _described(weights: ExpertWeights) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype; packed weights are multiplied in fp32."""
+    if isinstance(weights, torch.Tensor):
+        return tuple(weights.shape), weights.dtype
+    return (len(weights), *weights[0].shape), torch.float32
 
 
 def _implementation(x: torch.Tensor, backend: str | None) -> Callable[..., torch.Tensor]:

@@ -6,10 +6,14 @@ tokens together; experts without a token cost nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
+from kvmesh.kernels.linear import PackedWeight, linear
 from kvmesh.kernels.moe.glu import GatedUnit
+from kvmesh.kernels.pointwise import silu_mul
 
 # With few rows MKL is faster at W xᵀ than at x Wᵀ in float32.
 _FEW_ROWS = 64
@@ -19,12 +23,13 @@ def expert_mlp(
     x: torch.Tensor,
     experts: torch.Tensor,
     weights: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: torch.Tensor | Sequence[PackedWeight],
+    down: torch.Tensor | Sequence[PackedWeight],
     *,
     glu: GatedUnit,
     gate_up_bias: torch.Tensor | None,
     down_bias: torch.Tensor | None,
+    deterministic: bool,
 ) -> torch.Tensor:
     num_tokens, top_k = experts.shape
     flat = experts.reshape(-1)
@@ -32,17 +37,32 @@ def expert_mlp(
     ids, counts = torch.unique_consecutive(flat[order], return_counts=True)
     parts = x.new_zeros(num_tokens * top_k, x.shape[1])
     for expert, places in zip(ids.tolist(), order.split(counts.tolist()), strict=True):
-        if not 0 <= expert < gate_up.shape[0]:
+        if not 0 <= expert < len(gate_up):
             continue
         bias = None if gate_up_bias is None else gate_up_bias[expert]
-        gate, up = _linear(x[places // top_k], gate_up[expert], bias).chunk(2, dim=-1)
+        both = _linear(x[places // top_k], gate_up[expert], bias)
+        inner = silu_mul(both) if deterministic else glu(*both.chunk(2, dim=-1))
         bias = None if down_bias is None else down_bias[expert]
-        parts[places] = _linear(glu(gate, up), down[expert], bias)
+        parts[places] = _linear(inner, down[expert], bias)
     by_token = parts.view(num_tokens, top_k, x.shape[1]).float()
+    if deterministic:
+        return in_order(by_token * weights.float().unsqueeze(-1)).to(x.dtype)
     return torch.bmm(weights.float().unsqueeze(1), by_token).squeeze(1).to(x.dtype)
 
 
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def in_order(shares: torch.Tensor) -> torch.Tensor:
+    """[num_tokens, top_k, hidden] -> the sums over a token's experts, one after the other"""
+    total = shares[:, 0]
+    for index in range(1, shares.shape[1]):
+        total = total + shares[:, index]
+    return total
+
+
+def _linear(
+    x: torch.Tensor, weight: torch.Tensor | PackedWeight, bias: torch.Tensor | None
+) -> torch.Tensor:
+    if isinstance(weight, PackedWeight):
+        return linear(x, weight, bias)
     if x.dtype != torch.float32 or len(x) > _FEW_ROWS or x.is_cuda:
         return F.linear(x, weight, bias)
     out = torch.mm(weight, x.t()).t()

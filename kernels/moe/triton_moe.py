@@ -17,6 +17,11 @@ import triton
 import triton.language as tl
 
 from kvmesh.kernels.moe.glu import GatedUnit
+from kvmesh.kernels.moe.reference import in_order
+
+# Of a tile whose shape must not depend on the batch: tensor cores may sum in another order for
+# another number of rows.
+FIXED_ROWS = 64
 
 
 @triton.jit
@@ -156,12 +161,13 @@ def expert_mlp(
     glu: GatedUnit,
     gate_up_bias: torch.Tensor | None,
     down_bias: torch.Tensor | None,
+    deterministic: bool,
 ) -> torch.Tensor:
     num_tokens, top_k = experts.shape
     num_experts, hidden, width = down.shape
     parts = torch.zeros(num_tokens * top_k, hidden, dtype=torch.float32, device=x.device)
     if num_tokens:
-        block_m = block_rows(num_tokens * top_k, num_experts)
+        block_m = FIXED_ROWS if deterministic else block_rows(num_tokens * top_k, num_experts)
         groups = _Groups.of(experts, num_experts, block_m)
         x, gate_up, down = x.contiguous(), gate_up.contiguous(), down.contiguous()
         inner = torch.empty(num_tokens * top_k, width, dtype=x.dtype, device=x.device)
@@ -194,7 +200,8 @@ def expert_mlp(
             HAS_BIAS=down_bias is not None,
             **common,
         )
-    return parts.view(num_tokens, top_k, hidden).sum(1).to(x.dtype)
+    shares = parts.view(num_tokens, top_k, hidden)
+    return (in_order(shares) if deterministic else shares.sum(1)).to(x.dtype)
 
 
 def block_rows(assignments: int, num_experts: int) -> int:

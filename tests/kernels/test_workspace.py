@@ -40,7 +40,7 @@ def held_bytes(
     )
     q = torch.empty(int(counts.sum()), num_heads, HEAD_DIM, dtype=torch.bfloat16)
     hot = torch.empty(1, 2, num_kv_heads, PAGE_SIZE, HEAD_DIM, dtype=torch.bfloat16)
-    layers = triton_attention._Layers.of(q, hot, batch, get_format("int8"), 1.0, None, window)
+    layers = triton_attention._StepLayers.of(q, hot, batch, get_format("int8"), 1.0, None, window)
     held = {
         id(x): x.nbytes
         for launch in layers.step().launches

@@ -25,7 +25,18 @@ from tests.model.small import VOCAB_SIZE, make_small_model
 TOKENS = 20
 SHAPE: dict[str, Any] = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
 # Norms and linears of kvmesh, and of torch: LayerNorm without weights, one norm of all heads.
-ARCHITECTURES = ["LlamaForCausalLM", "Olmo2ForCausalLM", "CohereForCausalLM"]
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "LlamaForCausalLM": {},
+    "Olmo2ForCausalLM": {},
+    "CohereForCausalLM": {},
+    "Qwen3MoeForCausalLM": {
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "norm_topk_prob": True,
+    },
+    "MixtralForCausalLM": {"num_local_experts": 4, "num_experts_per_tok": 3},
+}
 Output = list[tuple[int, SampledLogprobs]]
 SEEN = Exercised(
     "deterministic", {"chunks": 10, "preemptions": 1, "cached tokens": 10, "sequences at a time": 8}
@@ -36,8 +47,8 @@ SEEN = Exercised(
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
     return {
-        name: make_small_model(name, folder / name, max_position_embeddings=512, **SHAPE)
-        for name in ARCHITECTURES
+        name: make_small_model(name, folder / name, max_position_embeddings=512, **SHAPE, **more)
+        for name, more in ARCHITECTURES.items()
     }
 
 
@@ -131,6 +142,8 @@ def test_bits_do_not_depend_on_batches_chunks_cache_or_preemption(
         *(("LlamaForCausalLM", name) for name in ("exact", "fp8")),
         ("Olmo2ForCausalLM", "k4v2"),
         ("CohereForCausalLM", "int8"),
+        ("Qwen3MoeForCausalLM", "int8"),
+        ("MixtralForCausalLM", "k4v4"),
     ],
 )
 def test_models_and_formats(
@@ -165,10 +178,10 @@ def test_settings_that_it_cannot_hold_with_are_named(
     ("architecture", "overrides", "changes", "reason"),
     [
         (
-            "Qwen3MoeForCausalLM",
-            {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+            "GptOssForCausalLM",
+            {"num_local_experts": 4, "num_experts_per_tok": 2},
             {},
-            "mixtures of experts",
+            "is for Mixtral, OLMoE and Qwen3-MoE; got",
         ),
         ("LlamaForCausalLM", {}, {"dtype": "bfloat16"}, "float32 on CPUs"),
     ],
