@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import hypothesis.strategies as st
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from kvmesh.workers.config import EngineConfig
+from kvmesh.workers.deal import PageDeal
 from kvmesh.workers.engine import Engine
 from kvmesh.workers.errors import ConfigError, ConfigErrors
 from kvmesh.workers.local import local_executor
@@ -20,6 +22,7 @@ from kvmesh.workers.request import EngineRequest, SampledLogprobs
 from kvmesh.workers.sampling_params import SamplingParams
 from tests.exercised import Exercised
 from tests.model.small import VOCAB_SIZE, make_small_model
+from tests.workers.thread_ranks import ThreadRanks
 
 # More than a page, so that tokens that were generated are sealed.
 TOKENS = 20
@@ -156,10 +159,25 @@ def test_models_and_formats(
     assert together == [generated(alone, [prompt])[0] for prompt in prompts]
 
 
+@pytest.mark.slow
+def test_pages_that_are_dealt_to_ranks(models: dict[str, Path]) -> None:
+    """Ranks are merged in the order of a sequence's pages, whichever of them has the first. What a
+    sequence begins with decides on that, so another engine may deal its pages in another way."""
+    config = config_of(models["LlamaForCausalLM"], kvp=4, threads_per_rank=1)
+    prompts = [prompt_of(n, n) for n in (9, 75, 40)]
+    engine = Engine(config.replace(max_num_batched_tokens=23, max_num_seqs=3), ThreadRanks(config))
+    together = generated(engine, prompts)
+    config = config.replace(prefix_cache=False)  # equal contents must be on one rank
+    alone = Engine(config, ThreadRanks(config))
+    for prompt, output in zip(prompts, together, strict=True):
+        for offset in (1, 3):
+            with mock.patch.object(PageDeal, "of", lambda kvp, _, at=offset: PageDeal(kvp, at)):
+                assert generated(alone, [prompt])[0] == output
+
+
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"kvp": 2}, "kvp"),
         ({"kv_format": "kivi2"}, "kv_format"),
         ({"cuda_graphs": True}, "cuda_graphs"),
     ],
@@ -171,7 +189,7 @@ def test_settings_that_it_cannot_hold_with_are_named(
         config_of(Path("model"), **changes)
     assert caught.value.field == field
     with pytest.raises(ConfigErrors):
-        config_of(Path("model"), kvp=2, cuda_graphs=True)
+        config_of(Path("model"), kv_format="kivi2", cuda_graphs=True)
 
 
 @pytest.mark.parametrize(
