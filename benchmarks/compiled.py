@@ -99,9 +99,10 @@ def kernels_of(
 def latent_kernels(
     fmt: KVFormat, capability: int, num_heads: int, page_size: int, stride: int
 ) -> Iterator[tuple[str, Compile]]:
-    """Of pages whose values are in keys, with DeepSeek's channels; GPUs before sm_80 use fp16."""
+    """Of pages whose values are in keys, with DeepSeek's channels. GPUs before sm_80 have too
+    little shared memory for products without tensor cores, which take 68 KiB here."""
     stored = format_of_model(fmt, LATENT_VALUES)
-    number = torch.empty(16, dtype=torch.bfloat16 if capability >= 80 else torch.float16)
+    number = torch.empty(16, dtype=torch.bfloat16)
     sums, ints = torch.empty(16), torch.empty(16, dtype=torch.int32)
     pages = (number, number, torch.empty(16, dtype=torch.int8), sums, sums)
     arguments = (*pages, *[ints] * 8, 64, LATENT_DIM * num_heads, LATENT_DIM, 16, 1.0)
@@ -270,6 +271,8 @@ def main() -> None:
         geometry = (head_dim, group, options.page_size, options.stride)
         work: list[tuple[str, str, Compile]] = []
         if options.latent:
+            if capability < 80:
+                continue
             where = (capability, options.latent, *geometry[2:])
             for name in options.format:
                 work += [(name, *one) for one in latent_kernels(get_format(name), *where)]
@@ -282,19 +285,22 @@ def main() -> None:
             if options.kernel is not None and what not in options.kernel:
                 continue
             outcome, compiled = attempt(compile_it, capability)
-            wanted = capability > 70 and (
-                options.code or options.check
-            )  # the disassembler knows no sm_70
-            if compiled is not None and wanted:
-                where = "" if options.latent else f", {shape}, stride {options.stride}"
-                code[f"sm_{capability}, {what}, {name}{where}"] = code_of(compiled)
+            # The disassembler knows no sm_70.
+            if compiled is not None and capability > 70 and (options.code or options.check):
+                sizes = "" if options.latent else f", {shape}, stride {options.stride}"
+                code[f"sm_{capability}, {what}, {name}{sizes}"] = code_of(compiled)
             outcomes.setdefault(what, {}).setdefault(outcome, []).append(name)
         for what, by_outcome in outcomes.items():
             for outcome, names in by_outcome.items():
                 print(f"sm_{capability}  {what:32} {outcome}: {', '.join(names)}", flush=True)
     if options.output:
-        sizes = {"head_dim": head_dim, "group": group, "page_size": options.page_size}
-        write_table(options.output, {"triton": triton.__version__, **sizes}, found, options.update)
+        conditions = {
+            "triton": triton.__version__,
+            "head_dim": head_dim,
+            "group": group,
+            "page_size": options.page_size,
+        }
+        write_table(options.output, conditions, found, options.update)
     if options.code:
         write_table(options.code, {"triton": triton.__version__}, code, options.update)
     more = worse(code, options.check) if options.check else []
