@@ -43,7 +43,8 @@ from benchmarks.sass import (
     instructions_in,
     product_loops,
 )
-from kvmesh.kernels.attention.latent_form import form_of, launch_options
+from kvmesh.kernels.attention.latent_form import OPTIONS as LATENT_OPTIONS
+from kvmesh.kernels.attention.latent_form import form_of
 from kvmesh.kernels.attention.triton_decode import decode_merge_kernel
 from kvmesh.kernels.attention.triton_latent import latent_kernel
 from kvmesh.kernels.attention.triton_launch import (
@@ -108,7 +109,7 @@ def latent_kernels(
     arguments = (*pages, *[ints] * 8, 64, LATENT_DIM * num_heads, LATENT_DIM, 16, 1.0)
     windows, gpu = (1, 2, stride), divmod(capability, 10)
     form = form_of(stored, num_heads, LATENT_DIM, page_size, 2, windows, gpu)
-    how = (latent_kernel, arguments, {"FORM": form}, launch_options(form, gpu))
+    how = (latent_kernel, arguments, {"FORM": form}, LATENT_OPTIONS)
     yield f"latents, {num_heads} heads", partial(compile_kernel, *how, capability)
 
 

@@ -16,7 +16,7 @@ import torch
 
 from kvmesh.kernels import workspace
 from kvmesh.kernels.attention.batch import AttentionBatch
-from kvmesh.kernels.attention.latent_form import form_of, launch_options
+from kvmesh.kernels.attention.latent_form import OPTIONS, form_of
 from kvmesh.kernels.attention.triton_latent import latent_kernel
 from kvmesh.kernels.attention.window import Ints
 from kvmesh.kernels.attention.work import Lengths
@@ -120,7 +120,7 @@ def _rows(
             merge = BoundKernel(merge_kernel, sizes, MERGE_OPTIONS)
         yield _Rows(
             both[0],
-            BoundKernel(latent_kernel, fixed, launch_options(form, capability)),
+            BoundKernel(latent_kernel, fixed, OPTIONS),
             (len(tokens) * -(-num_heads // form.heads), parts, 1),
             (parts, len(tokens), num_heads),
             merge,
