@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -158,7 +159,7 @@ def fixed_experts(tiny: bool) -> dict[str, Any]:
     dtype = attention.DTYPE
 
     def numbers(*shape: int) -> torch.Tensor:
-        return (torch.randn(shape, device=DEVICE) / shape[-1] ** 0.5).to(dtype)
+        return (torch.randn(shape, device=DEVICE) / math.sqrt(shape[-1])).to(dtype)
 
     x, gate_up, down = (
         numbers(tokens, hidden),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
@@ -10,7 +10,9 @@ from kvmesh.kernels.linear import PackedWeight
 from kvmesh.kernels.moe import reference
 from kvmesh.kernels.moe.glu import SWIGLU, GatedUnit
 
-ExpertWeights = torch.Tensor | Sequence[PackedWeight]
+# Of all experts: tensors [num_experts, outputs, inputs]; for CPUs packed, [num_experts * outputs,
+# inputs].
+ExpertWeights = torch.Tensor | PackedWeight
 
 
 def expert_mlp(
@@ -33,7 +35,8 @@ def expert_mlp(
         [0, num_experts) belong to another rank and add nothing
     weights: [num_tokens, top_k], of the experts in the sum
     gate_up: [num_experts, 2 * width, hidden], dtype of x; first the rows of the gate
-    down: [num_experts, hidden, width]; both may be a list of packed weights on CPUs
+    down: [num_experts, hidden, width]; both are tensors, or on CPUs `PackedWeight`
+        [num_experts * 2 * width, hidden] and [num_experts * hidden, width]
     gate_up_bias: [num_experts, 2 * width] or None; down_bias: [num_experts, hidden] or None
     deterministic: a token's result has the same bits in any batch; on CPUs with packed weights and
         SwiGLU alone
@@ -43,17 +46,22 @@ def expert_mlp(
     so that its result depends on no other token.
     Raises ValueError naming the argument.
     """
-    (shape, dtype), (down_shape, down_dtype) = _described(gate_up), _described(down)
-    num_experts, double, hidden = shape if len(shape) == 3 else (0, 0, 0)
-    if x.dim() != 2 or double % 2 or x.shape[1] != hidden or dtype != x.dtype:
+    for name, weight in (("gate_up", gate_up), ("down", down)):
+        if isinstance(weight, torch.Tensor) and weight.dtype != x.dtype:
+            raise ValueError(f"{name}: expected {x.dtype} as of x, got {weight.dtype}")
+    num_experts, double, hidden = _sizes(gate_up, down)
+    if x.dim() != 2 or double % 2 or x.shape[1] != hidden:
         raise ValueError(
-            "x, gate_up: expected [num_tokens, hidden] and [num_experts, 2 * width, hidden] of "
-            f"one dtype, got {tuple(x.shape)} {x.dtype} and {shape} {dtype}"
+            "x, gate_up: expected [num_tokens, hidden] and [num_experts, 2 * width, hidden], "
+            f"got {tuple(x.shape)} and {tuple(gate_up.shape)}"
         )
-    if down_shape != (num_experts, hidden, double // 2) or down_dtype != x.dtype:
+    wanted: tuple[int, ...] = (num_experts, hidden, double // 2)
+    if isinstance(down, PackedWeight):
+        wanted = (num_experts * hidden, double // 2)
+    if type(down) is not type(gate_up) or tuple(down.shape) != wanted:
         raise ValueError(
-            f"down: expected {(num_experts, hidden, double // 2)} {x.dtype}, "
-            f"got {down_shape} {down_dtype}"
+            f"down: expected {wanted} stored like gate_up, got {tuple(down.shape)} "
+            f"in a {type(down).__name__}"
         )
     if experts.dim() != 2 or experts.shape[0] != x.shape[0] or weights.shape != experts.shape:
         raise ValueError(
@@ -67,7 +75,7 @@ def expert_mlp(
         if bias is not None and bias.shape != (num_experts, width):
             raise ValueError(f"{name}: expected {(num_experts, width)}, got {tuple(bias.shape)}")
     implementation = _implementation(x, backend)
-    packed = not isinstance(gate_up, torch.Tensor) and not isinstance(down, torch.Tensor)
+    packed = isinstance(gate_up, PackedWeight)
     if implementation is reference.expert_mlp:
         if deterministic and not (packed and glu == SWIGLU):
             raise ValueError("deterministic: expected packed weights and SwiGLU with plain torch")
@@ -86,11 +94,15 @@ def expert_mlp(
     )
 
 
-def _described(weights: ExpertWeights) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape and dtype; packed weights are multiplied in fp32."""
-    if isinstance(weights, torch.Tensor):
-        return tuple(weights.shape), weights.dtype
-    return (len(weights), *weights[0].shape), torch.float32
+def _sizes(gate_up: ExpertWeights, down: ExpertWeights) -> tuple[int, int, int]:
+    """Experts, twice their width, and hidden; zeros if gate_up's shape is none of theirs."""
+    if isinstance(gate_up, PackedWeight):
+        double = 2 * down.shape[-1]
+        return gate_up.shape[0] // double, double, gate_up.in_features
+    if gate_up.dim() != 3:
+        return 0, 0, 0
+    num_experts, double, hidden = gate_up.shape
+    return num_experts, double, hidden
 
 
 def _implementation(x: torch.Tensor, backend: str | None) -> Callable[..., torch.Tensor]:

@@ -6,8 +6,6 @@ tokens together; experts without a token cost nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 
@@ -23,8 +21,8 @@ def expert_mlp(
     x: torch.Tensor,
     experts: torch.Tensor,
     weights: torch.Tensor,
-    gate_up: torch.Tensor | Sequence[PackedWeight],
-    down: torch.Tensor | Sequence[PackedWeight],
+    gate_up: torch.Tensor | PackedWeight,
+    down: torch.Tensor | PackedWeight,
     *,
     glu: GatedUnit,
     gate_up_bias: torch.Tensor | None,
@@ -36,18 +34,30 @@ def expert_mlp(
     order = torch.argsort(flat, stable=True)
     ids, counts = torch.unique_consecutive(flat[order], return_counts=True)
     parts = x.new_zeros(num_tokens * top_k, x.shape[1])
+    num_experts = down.shape[0]
+    if isinstance(down, PackedWeight):
+        num_experts //= x.shape[1]
     for expert, places in zip(ids.tolist(), order.split(counts.tolist()), strict=True):
-        if not 0 <= expert < len(gate_up):
+        if not 0 <= expert < num_experts:
             continue
         bias = None if gate_up_bias is None else gate_up_bias[expert]
-        both = _linear(x[places // top_k], gate_up[expert], bias)
+        both = _linear(x[places // top_k], _of_expert(gate_up, expert, num_experts), bias)
         inner = silu_mul(both) if deterministic else glu(*both.chunk(2, dim=-1))
         bias = None if down_bias is None else down_bias[expert]
-        parts[places] = _linear(inner, down[expert], bias)
+        parts[places] = _linear(inner, _of_expert(down, expert, num_experts), bias)
     by_token = parts.view(num_tokens, top_k, x.shape[1]).float()
     if deterministic:
         return in_order(by_token * weights.float().unsqueeze(-1)).to(x.dtype)
     return torch.bmm(weights.float().unsqueeze(1), by_token).squeeze(1).to(x.dtype)
+
+
+def _of_expert(
+    weights: torch.Tensor | PackedWeight, expert: int, num_experts: int
+) -> torch.Tensor | PackedWeight:
+    if isinstance(weights, PackedWeight):
+        rows = weights.shape[0] // num_experts
+        return weights.rows(slice(expert * rows, (expert + 1) * rows))
+    return weights[expert]
 
 
 def in_order(shares: torch.Tensor) -> torch.Tensor:

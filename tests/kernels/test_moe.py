@@ -134,7 +134,7 @@ def test_bits_do_not_depend_on_other_tokens(backend: str) -> None:
     given: dict[str, Any] = {**biases, "backend": backend, "deterministic": True}
     both: Any = (gate_up, down)
     if backend == "reference":
-        both = [[pack(weight, "exact") for weight in side] for side in both]
+        both = [pack(side.flatten(0, 1), "exact") for side in both]
     whole = expert_mlp(x, experts, weights, *both, **given)
     plain = expert_mlp(x, experts, weights, gate_up, down, **biases)
     torch.testing.assert_close(whole, plain, atol=2e-6, rtol=0)
@@ -148,7 +148,7 @@ def test_plain_weights_and_other_units_are_not_deterministic_on_cpus() -> None:
     arguments, _ = make(3)
     with pytest.raises(ValueError, match="deterministic: expected packed weights and SwiGLU"):
         expert_mlp(*arguments, deterministic=True, backend="reference")
-    packed: Any = [[pack(weight, "exact") for weight in side] for side in arguments[3:]]
+    packed: Any = [pack(side.flatten(0, 1), "exact") for side in arguments[3:]]
     with pytest.raises(ValueError, match="deterministic"):
         expert_mlp(*arguments[:3], *packed, glu=CLAMPED, deterministic=True, backend="reference")
     with pytest.raises(ValueError, match="expected tensors for the kernels"):

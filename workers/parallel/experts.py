@@ -39,8 +39,8 @@ class Experts(nn.Module):
         down_bias: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.gate_up: Tensor | list[PackedWeight] = nn.Parameter(gate_up, requires_grad=False)
-        self.down: Tensor | list[PackedWeight] = nn.Parameter(down, requires_grad=False)
+        self.gate_up: Tensor | PackedWeight = nn.Parameter(gate_up, requires_grad=False)
+        self.down: Tensor | PackedWeight = nn.Parameter(down, requires_grad=False)
         self._deterministic = False
         self.gate_up_bias, self.down_bias = (
             None if bias is None else nn.Parameter(bias, requires_grad=False)
@@ -62,11 +62,11 @@ class Experts(nn.Module):
         self._deterministic = True
         for name in ("gate_up", "down"):
             weights = getattr(self, name)
-            if weights.device.type == "cpu":
+            if isinstance(weights, Tensor) and weights.device.type == "cpu":
                 delattr(self, name)
-                setattr(self, name, [pack(weight, "exact") for weight in weights])
-                for weight in getattr(self, name):
-                    prepare(weight)
+                packed = pack(weights.flatten(0, 1), "exact")
+                prepare(packed)
+                setattr(self, name, packed)
 
     def forward(self, hidden_states: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """hidden_states: [T, hidden]; experts, weights: [T, top_k] -> like hidden_states"""
