@@ -2,12 +2,18 @@
 
     python benchmarks/compiled.py [--output FILE] [--capability 70 75 ...] [--format NAME ...]
         [--kernel NAME ...] [--kind NAME ...] [--shape 128x8] [--page-size 64] [--stride 1]
-        [--latent HEADS]
+        [--latent HEADS] [--code FILE] [--check FILE] [--update]
 
 Every kernel is compiled as the operators launch it, with everything that a layer or a batch may
 need: a window, a softcap, shared prefixes. GPUs before sm_80 have no bf16; they use fp16. If a
 compiler rejects a kernel, or the GPU has too little shared memory for it, the reason is recorded.
 Nothing is run.
+
+`--code` also writes what each kernel became in machine code, and `--check` fails if one has more
+instructions (by 5%) or spills more than in that table: those of the longest loop with tensor cores,
+which a thread goes through for each tile, or of the whole kernel if there is no such loop. The
+loops over sealed pages are counted for each element of KV by `sass.py`. With `--update`, FILEs
+keep what this run did not compile.
 """
 
 from __future__ import annotations
@@ -29,8 +35,17 @@ import triton
 
 from benchmarks.kernel_formats import FORMATS
 from benchmarks.random_model import KINDS, random_grouped
-from benchmarks.sass import compile_kernel, compile_launch
-from kvmesh.kernels.attention.latent_form import form_of, launch_options
+from benchmarks.sass import (
+    TOLERANCE,
+    Resources,
+    compile_kernel,
+    compile_launch,
+    disassemble,
+    instructions_in,
+    product_loops,
+)
+from kvmesh.kernels.attention.latent_form import OPTIONS as LATENT_OPTIONS
+from kvmesh.kernels.attention.latent_form import form_of
 from kvmesh.kernels.attention.triton_decode import decode_merge_kernel
 from kvmesh.kernels.attention.triton_latent import latent_kernel
 from kvmesh.kernels.attention.triton_launch import (
@@ -97,15 +112,16 @@ def kernels_of(
 def latent_kernels(
     fmt: KVFormat, capability: int, num_heads: int, page_size: int, stride: int
 ) -> Iterator[tuple[str, Compile]]:
-    """Of pages whose values are in keys, with DeepSeek's channels; GPUs before sm_80 use fp16."""
+    """Of pages whose values are in keys, with DeepSeek's channels. GPUs before sm_80 have too
+    little shared memory for products without tensor cores, which take 68 KiB here."""
     stored = format_of_model(fmt, LATENT_VALUES)
-    number = torch.empty(16, dtype=torch.bfloat16 if capability >= 80 else torch.float16)
+    number = torch.empty(16, dtype=torch.bfloat16)
     sums, ints = torch.empty(16), torch.empty(16, dtype=torch.int32)
     pages = (number, number, torch.empty(16, dtype=torch.int8), sums, sums)
     arguments = (*pages, *[ints] * 8, 64, LATENT_DIM * num_heads, LATENT_DIM, 16, 1.0)
     windows, gpu = (1, 2, stride), divmod(capability, 10)
     form = form_of(stored, num_heads, LATENT_DIM, page_size, 2, windows, gpu)
-    how = (latent_kernel, arguments, {"FORM": form}, launch_options(form, gpu))
+    how = (latent_kernel, arguments, {"FORM": form}, LATENT_OPTIONS)
     yield f"latents, {num_heads} heads", partial(compile_kernel, *how, capability)
 
 
@@ -235,16 +251,59 @@ def compile_seal(fmt: KVFormat, capability: int, geometry: Geometry) -> Any:
     return compile_kernel(seal_kernel, arguments, {}, {"num_warps": NUM_WARPS}, capability)
 
 
-def attempt(compile_it: Compile, cc: int) -> str:
-    """The outcome: "tensor cores", "compiled" (without tensor cores), or the compiler's reason."""
+def attempt(compile_it: Compile, cc: int) -> tuple[str, Any]:
+    """The outcome, "tensor cores", "compiled" (without tensor cores), or the compiler's reason; and
+    the kernel if there is one."""
     try:
         compiled = compile_it()
     except (triton.compiler.errors.CompilationError, RuntimeError) as error:
-        return (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
+        return (str(error).strip().splitlines() or [type(error).__name__])[-1][:200], None
     if compiled.metadata.shared > shared_kib(divmod(cc, 10)) * 1024:
-        return f"takes {compiled.metadata.shared / 1024:.0f} KiB of shared memory"
+        return f"takes {compiled.metadata.shared / 1024:.0f} KiB of shared memory", None
     multiplies = any(opcode in compiled.asm["ptx"] for opcode in ("mma.sync", "wgmma"))
-    return "tensor cores" if multiplies else "compiled"
+    return "tensor cores" if multiplies else "compiled", compiled
+
+
+def code_of(compiled: Any) -> dict[str, int]:
+    """Of a thread; shared memory in bytes of a program."""
+    lines, usage = disassemble(compiled.asm["cubin"])
+    resources = Resources.of(usage)
+    return {
+        "instructions": max(product_loops(lines), default=instructions_in(lines)),
+        "registers": resources.registers,
+        "shared_bytes": compiled.metadata.shared,
+        "spill_bytes": resources.spill_bytes,
+    }
+
+
+def worse(rows: dict[str, dict[str, int]], committed: Path) -> list[str]:
+    """Kernels with more instructions, by more than 5%, or spills than in the committed table."""
+    table = json.loads(committed.read_text())
+    if table["triton"] != triton.__version__:  # another compiler: not comparable
+        return []
+    found = []
+    for name, row in rows.items():
+        before = table["kernels"].get(name)
+        if before and row["instructions"] > TOLERANCE * before["instructions"]:
+            found.append(f"{name}: {row['instructions']} instructions, {before['instructions']}")
+        if before and row["spill_bytes"] > before["spill_bytes"]:
+            found.append(f"{name}: {row['spill_bytes']} bytes spilled, {before['spill_bytes']}")
+    return found
+
+
+def write_table(
+    file: Path, conditions: dict[str, Any], kernels: dict[str, Any], update: bool
+) -> None:
+    """update: keep kernels of the file that are not among these"""
+    if update:
+        known = json.loads(file.read_text())
+        assert {name: known[name] for name in conditions} == conditions, (
+            "made with another compiler"
+        )
+        kernels = {
+            name: {**before, **kernels.get(name, {})} for name, before in known["kernels"].items()
+        } | {name: new for name, new in kernels.items() if name not in known["kernels"]}
+    file.write_text(json.dumps({**conditions, "kernels": kernels}, indent=1) + "\n")
 
 
 def main() -> None:
@@ -258,15 +317,22 @@ def main() -> None:
     parser.add_argument("--page-size", type=int, default=64)
     parser.add_argument("--stride", type=int, default=1, help="engine.kvp")
     parser.add_argument("--latent", type=int, help="only attention over latents, of so many heads")
+    parser.add_argument("--code", type=Path)
+    parser.add_argument("--check", type=Path, help="fail if this committed table is better")
+    parser.add_argument("--update", action="store_true")
     options = parser.parse_args()
     head_dim, group = map(int, options.shape.split("x"))
     # For each GPU, kernel and outcome: the formats.
     found: dict[str, dict[str, dict[str, list[str]]]] = {}
+    code: dict[str, dict[str, int]] = {}
+    shape = f"{options.shape}, pages of {options.page_size}"
     for capability in options.capability:
         outcomes = found.setdefault(f"sm_{capability}", {})
         geometry = (head_dim, group, options.page_size, options.stride)
         work: list[tuple[str, str, Compile]] = []
         if options.latent:
+            if capability < 80:
+                continue
             where = (capability, options.latent, *geometry[2:])
             for name in options.format:
                 work += [(name, *one) for one in latent_kernels(get_format(name), *where)]
@@ -278,20 +344,28 @@ def main() -> None:
         for name, what, compile_it in work:
             if options.kernel is not None and what not in options.kernel:
                 continue
-            outcome = attempt(compile_it, capability)
+            outcome, compiled = attempt(compile_it, capability)
+            # The disassembler knows no sm_70.
+            if compiled is not None and capability > 70 and (options.code or options.check):
+                sizes = "" if options.latent else f", {shape}, stride {options.stride}"
+                code[f"sm_{capability}, {what}, {name}{sizes}"] = code_of(compiled)
             outcomes.setdefault(what, {}).setdefault(outcome, []).append(name)
         for what, by_outcome in outcomes.items():
             for outcome, names in by_outcome.items():
                 print(f"sm_{capability}  {what:32} {outcome}: {', '.join(names)}", flush=True)
     if options.output:
-        report = {
+        conditions = {
             "triton": triton.__version__,
             "head_dim": head_dim,
             "group": group,
             "page_size": options.page_size,
-            "kernels": found,
         }
-        options.output.write_text(json.dumps(report, indent=1) + "\n")
+        write_table(options.output, conditions, found, options.update)
+    if options.code:
+        write_table(options.code, {"triton": triton.__version__}, code, options.update)
+    more = worse(code, options.check) if options.check else []
+    if more:
+        raise SystemExit("\n".join(more))
     failures = [
         f"sm_{capability} {what}: {outcome}"
         for capability in options.capability

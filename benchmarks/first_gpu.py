@@ -5,7 +5,8 @@
 In this order, in about ten minutes on an H100; torch, triton and transformers are enough:
 
     correct    every served format's decode and prefill kernels against plain torch in fp64; far
-               keys; bits that must not depend on a batch; weights in few bits
+               keys; latents; bits that must not depend on a batch; weights in few bits
+    host       what a layer's attention costs the host, in the first layer of a step and in others
     ceilings   a large copy's bandwidth, and a large bf16 product's FLOPs
     weights    products with weights in few bits: share of the bandwidth, times the library's time
     decode     attention's share of the bandwidth by batch and context; SDPA and FlashInfer
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -43,12 +45,13 @@ from benchmarks.baselines import Shape, measure_baselines
 from benchmarks.device import DEVICE, conditions, copy_bandwidth, seconds
 from benchmarks.random_model import KINDS, SHAPES, dtype_on, random_grouped, random_model
 from kvmesh.kernels.attention import AttentionBatch, far_attention, paged_attention
-from kvmesh.kernels.formats.registry import get_format
+from kvmesh.kernels.formats.registry import format_of_model, get_format
 from kvmesh.kernels.linear import Kind, fixed_linear, grouped_linear
 from kvmesh.kernels.moe import expert_mlp
 from kvmesh.kernels.seal import seal_pages
 
 SERVED = ("exact", "int8", "int4", "k8v4", "k4v4", "k4v2", "k3v2", "k2v2", "fp8")
+LATENT_FORMATS = ("exact", "int8", "int4", "fp8")
 PAGE_SIZE = attention.PAGE_SIZE
 Rows = list[dict[str, Any]]
 
@@ -56,12 +59,13 @@ Rows = list[dict[str, Any]]
 class ChunkCase:
     """A chunk of new tokens after a prefix, over pages that repeat a few random ones."""
 
-    def __init__(self, kv_format: str, shape: Shape, chunk: int) -> None:
-        fmt = self.fmt = get_format(kv_format)
+    def __init__(self, kv_format: str, shape: Shape, chunk: int, latent_values: int = 0) -> None:
+        """latent_values: as in `format_of_model`"""
+        fmt = self.fmt = format_of_model(get_format(kv_format), latent_values)
         self.shape, self.chunk = shape, chunk
         pages = -(-(shape.context + chunk) // PAGE_SIZE)
         count = min(pages, 16)
-        content = (count, 2, shape.kv_heads, PAGE_SIZE, shape.head_dim)
+        content = (count, fmt.stored_sides, shape.kv_heads, PAGE_SIZE, shape.head_dim)
         self.hot = torch.randn(content, device=DEVICE).to(attention.DTYPE)
         page_bytes = fmt.page_bytes(PAGE_SIZE, shape.head_dim, attention.DTYPE.itemsize)
         self.sealed = torch.zeros(
@@ -112,7 +116,8 @@ def correct(tiny: bool) -> Rows:
         allowed = 2e-3 if tiny else 2e-2
         rows.append({"kernel": "prefill", "format": name, "error": error, "allowed": allowed})
         rows.append(far_keys(name, tiny))
-    rows.append(fixed_linears(tiny))
+    rows += [latents(name, tiny) for name in (("int8",) if tiny else LATENT_FORMATS)]
+    rows += [fixed_linears(tiny), fixed_experts(tiny)]
     rows += [grouped_linears(kind, count, tiny) for kind in KINDS for count in (1, 16, 200, 2048)]
     rows += [grouped_experts(kind, tiny) for kind in KINDS]
     wrong = [row for row in rows if not row["error"] <= row["allowed"]]
@@ -136,6 +141,64 @@ def far_keys(name: str, tiny: bool) -> dict[str, Any]:
         "error": error,
         "allowed": 2e-3 if tiny else 2e-2,
     }
+
+
+def latents(name: str, tiny: bool) -> dict[str, Any]:
+    """Of one token, in parts that are merged, and of a chunk; DeepSeek's channels."""
+    values, shape = 512, Shape(1, 9000, 1, 16, 576)
+    if tiny:
+        values, shape = 32, Shape(1, 130, 1, 2, 48)
+    errors = []
+    for chunk in (1, 70):
+        case = ChunkCase(name, shape, chunk, values)
+        want = case.attend("reference").double()
+        errors.append(float((case.attend().double() - want).abs().max()))
+    allowed = 2e-3 if tiny else 2e-2
+    return {"kernel": "latents", "format": name, "error": max(errors), "allowed": allowed}
+
+
+def fixed_experts(tiny: bool) -> dict[str, Any]:
+    """How many tokens of experts differ in any bit from the same tokens in smaller batches."""
+    hidden, width, experts, top_k, tokens = (64, 32, 4, 2, 70) if tiny else (2048, 768, 64, 8, 2048)
+    dtype = attention.DTYPE
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return (torch.randn(shape, device=DEVICE) / math.sqrt(shape[-1])).to(dtype)
+
+    x, gate_up, down = (
+        numbers(tokens, hidden),
+        numbers(experts, 2 * width, hidden),
+        numbers(experts, hidden, width),
+    )
+    weights, chosen = torch.rand(tokens, experts, device=DEVICE).softmax(-1).topk(top_k)
+
+    def mixed(first: int, end: int) -> torch.Tensor:
+        some = slice(first, end)
+        arguments = (x[some], chosen[some], weights[some], gate_up, down)
+        mixture: torch.Tensor = expert_mlp(*arguments, deterministic=True, backend="triton")
+        return mixture
+
+    whole = mixed(0, tokens)
+    parts = ((0, 1), (5, 6), (0, 16), (64, tokens))
+    wrong = sum(int((mixed(a, b) != whole[a:b]).any(1).sum()) for a, b in parts)
+    return {"kernel": "fixed experts", "error": wrong, "allowed": 0}
+
+
+def host(tiny: bool) -> Rows:
+    shape = Shape(1, PAGE_SIZE + 1, 1, 2, 64) if tiny else Shape(1, 4096, 8, 4, 128)
+    case = attention.Case(get_format("int8"), shape)
+    rounds = 1 if tiny else 200
+    rows: Rows = []
+    for what, fresh in (("first layer", True), ("other layers", False)):
+        batches = [replace(case.batch) if fresh else case.batch for _ in range(rounds)]
+        case.attend()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        start_s = time.perf_counter()
+        for case.batch in batches:
+            case.attend()
+        rows.append({"attention": what, "us": (time.perf_counter() - start_s) / rounds * 1e6})
+    return rows
 
 
 def fixed_linears(tiny: bool) -> dict[str, Any]:
@@ -303,6 +366,7 @@ def rank_sums(tiny: bool) -> Rows:
 
 SECTIONS: dict[str, Callable[[bool], Rows]] = {
     "correct": correct,
+    "host": host,
     "ceilings": ceilings,
     "weights": weights,
     "decode": decode_attention,

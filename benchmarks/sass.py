@@ -180,11 +180,17 @@ def disassemble(cubin: bytes) -> tuple[list[str], str]:
     return code.stdout.splitlines(), usage.stdout + usage.stderr
 
 
-def sealed_loops(lines: list[str]) -> list[int]:
+IS_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s")
+
+
+def instructions_in(lines: list[str]) -> int:
+    return sum(bool(IS_INSTRUCTION.match(line)) for line in lines)
+
+
+def product_loops(lines: list[str]) -> list[int]:
     """Instructions of the innermost loops with tensor-core instructions, in order."""
     found: list[tuple[int, int]] = []
     labels: dict[str, int] = {}
-    is_instruction = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s")
     for index, line in enumerate(lines):
         label = re.match(r"^(\.L_\w+):", line)
         if label:
@@ -192,13 +198,24 @@ def sealed_loops(lines: list[str]) -> list[int]:
         branch = re.search(r"\bBRA(?:\.\w+)*\s.*`\((\.L_\w+)\)", line)
         if branch and branch[1] in labels:
             body = lines[labels[branch[1]] : index + 1]
-            if any(re.search(r"\b[HIQ]G?MMA\b", text) for text in body):
-                count = sum(bool(is_instruction.match(text)) for text in body)
-                if not any(labels[branch[1]] < first for first, _ in found):
-                    found.append((labels[branch[1]], count))
-    if not found:
-        raise SystemExit("no loop with tensor-core instructions found")
+            multiplies = any(re.search(r"\b[HIQ]G?MMA\b", text) for text in body)
+            if multiplies and not any(labels[branch[1]] < first for first, _ in found):
+                found.append((labels[branch[1]], instructions_in(body)))
     return [count for _, count in found]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Registers per thread; spills and arrays in bytes of local memory per thread."""
+
+    registers: int
+    spill_bytes: int
+
+    @classmethod
+    def of(cls, usage: str) -> Resources:
+        """usage: cuobjdump's report"""
+        found = {name: int(count) for name, count in re.findall(r"\b([A-Z]+):(\d+)", usage)}
+        return cls(found["REG"], found["LOCAL"] + found["STACK"])
 
 
 def measure(
@@ -223,7 +240,10 @@ def measure(
         (dump / f"{name}-sm{capability}-d{head_dim}-g{group}.sass").write_text("\n".join(lines))
     threads = launch.options["num_warps"] * 32
     # In decode the loop over hot pages comes first, in prefill the one over sealed pages.
-    loop = sealed_loops(lines)[0 if path == "prefill" else -1]
+    loops = product_loops(lines)
+    if not loops:
+        raise SystemExit(f"{name}: no loop with tensor-core instructions found")
+    loop = loops[0 if path == "prefill" else -1]
     instructions = loop * threads / (launch.form.block_n * head_dim * 2)
     if path in ("integer", "plain"):
         instructions *= launch.form.head_parts
@@ -235,9 +255,7 @@ def measure(
         for gpu, (cc, processors, clock, bandwidth) in GPUS.items()
         if cc == capability and path != "prefill"
     }
-    registers = int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
-    local = int(re.search(r"LOCAL:(\d+)", usage)[1])  # type: ignore[index]
-    stack = int(re.search(r"STACK:(\d+)", usage)[1])  # type: ignore[index]
+    resources = Resources.of(usage)
     return Row(
         name,
         path,
@@ -246,9 +264,9 @@ def measure(
         group,
         page_size,
         round(instructions, digits),
-        registers,
+        resources.registers,
         compiled.metadata.shared,
-        local + stack,
+        resources.spill_bytes,
         bound,
     )
 

@@ -7,6 +7,8 @@ of the variant to compile. Kernels do not run, so tensors (on the CPU) hold mean
         paged_attention(q, hot, sealed, batch, ...)
     gpu.launches   [Launch(kernel="merge_kernel", grid=(4, 32, 1), ...), ...]
     gpu.compiled   names of the kernels, one for each variant that Triton asked to compile
+    gpu.looked_up  names of the kernels, one for each launch whose variant Triton looked up; others
+                   were made by the handle of one before (`kernels/direct.py`)
 
 `compiles` picks what "to compile" means: nothing (the variant is only noted: a microsecond), or
 for real, with ptxas. The functions of a process that set TRITON_INTERPRET cannot be used.
@@ -28,12 +30,14 @@ import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
-from triton.runtime.jit import _triton_jit_function_registry
+from triton.runtime.jit import JITFunction, _triton_jit_function_registry
 
 from kvmesh.kernels import gpu as kernels_gpu
 from kvmesh.kernels.attention import dense, triton_attention
 from kvmesh.kernels.attention.dense import DenseAttention
+from kvmesh.kernels.direct import BoundKernels
 from kvmesh.workers.parallel import linears
 
 CAPABILITY, PROCESSORS, SHARED_BYTES = 90, 132, 227 * 1024  # an H100 SXM
@@ -53,6 +57,20 @@ class Launch:
         return x * y * z
 
 
+def _runs_kernels(_: torch.Tensor) -> bool:
+    return True
+
+
+class _NotedKernel(CompiledKernel):  # type: ignore[misc]
+    """Of a variant that was only noted, what launches need: its handle is Triton's."""
+
+    def __init__(self, source: Any, run: Callable[..., None]) -> None:
+        self.src, self.name = source, source.fn.__name__
+        self.module = self.function = 1
+        self.packed_metadata = ()
+        self._run = run
+
+
 class StandInGpu:
     """Triton's active driver while the context lasts, and the record of what reached it.
 
@@ -63,6 +81,7 @@ class StandInGpu:
     def __init__(self, *, compiles: bool = False, capability: int = CAPABILITY) -> None:
         self.launches: list[Launch] = []
         self.compiled: list[str] = []
+        self.looked_up: list[str] = []
         self.kernels: list[Any] = []
         self._capability = capability
         self._compiles = compiles
@@ -88,19 +107,33 @@ class StandInGpu:
         # Functions remember the driver's target and their variants from their first launch on.
         for function in _triton_jit_function_registry.values():
             function.device_caches.clear()
+        BoundKernels.forget_handles()
+        self._stack.enter_context(mock.patch.object(JITFunction, "run", self._run()))
         self._stack.enter_context(mock.patch.object(triton.compiler, "compile", self._compile))
-        self._stack.enter_context(mock.patch.object(kernels_gpu, "runs_kernels", return_value=True))
+        # A function, as calls of a mock are host work of their own.
+        self._stack.enter_context(mock.patch.object(kernels_gpu, "runs_kernels", _runs_kernels))
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
         for function in _triton_jit_function_registry.values():
             function.device_caches.clear()
+        BoundKernels.forget_handles()
 
     def clear(self) -> None:
         """Forget the record, not the variants."""
         self.launches.clear()
         self.compiled.clear()
+        self.looked_up.clear()
+
+    def _run(self) -> Callable[..., Any]:
+        run, looked_up = JITFunction.run, self.looked_up
+
+        def run_and_note(function: Any, *args: Any, **kwargs: Any) -> Any:
+            looked_up.append(function.fn.__name__)
+            return run(function, *args, **kwargs)
+
+        return run_and_note
 
     # What Triton asks of a driver.
 
@@ -134,12 +167,7 @@ class StandInGpu:
         if self._compiles:
             self.kernels.append(self._real_compile(source, target=target, options=options))
             return self.kernels[-1]
-        return SimpleNamespace(
-            run=self._launcher(name, options["num_warps"]),
-            function=1,
-            packed_metadata=(),
-            launch_metadata=lambda *_: None,
-        )
+        return _NotedKernel(source, self._launcher(name, options["num_warps"]))
 
 
 _FREE = frozenset(
@@ -208,6 +236,20 @@ class HostWork:
 
 def host_work(work: Callable[[], object]) -> HostWork:
     """Run `work` twice, once for each count."""
+    calls = calls_in(work)
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        work()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    return HostWork(calls, peak - before)
+
+
+def calls_in(work: Callable[[], object]) -> int:
+    """Calls of Python and C functions."""
     calls = 0
 
     def note(_frame: FrameType, event: str, _argument: object) -> None:
@@ -219,15 +261,24 @@ def host_work(work: Callable[[], object]) -> HostWork:
         work()
     finally:
         sys.setprofile(None)
-    tracemalloc.start()
+    return calls
+
+
+def last_call(function: Callable[..., Any], work: Callable[[], object]) -> Callable[[], Any]:
+    """The last call of a function in this work, to be made again."""
+    found: dict[str, Any] = {}
+    code = function.__code__
+
+    def note(frame: FrameType, event: str, _argument: object) -> None:
+        if event == "call" and frame.f_code is code:
+            found.update(frame.f_locals)
+
+    sys.setprofile(note)
     try:
-        before = tracemalloc.get_traced_memory()[0]
-        tracemalloc.reset_peak()
         work()
-        peak = tracemalloc.get_traced_memory()[1]
     finally:
-        tracemalloc.stop()
-    return HostWork(calls, peak - before)
+        sys.setprofile(None)
+    return lambda: function(**found)
 
 
 @contextmanager

@@ -300,14 +300,6 @@ class EngineSettings(Settings):
     def _hinder_determinism(self) -> list[ConfigError]:
         """Settings that `deterministic` cannot hold with."""
         found = []
-        if self.kvp > 1:
-            found.append(
-                ConfigError(
-                    "kvp",
-                    "must be 1 with deterministic: which ranks a sequence's pages are dealt to "
-                    f"depends on other sequences; got {self.kvp}",
-                )
-            )
         if get_format(self.kv_format).comparison:
             found.append(
                 ConfigError(

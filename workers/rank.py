@@ -8,9 +8,10 @@ from typing import Self
 
 import torch
 
-from kvmesh.kernels.attention import far_attention, far_bytes, workspace_bytes
+from kvmesh.kernels.attention import far_attention
 from kvmesh.kernels.formats.base import ModelParams
 from kvmesh.kernels.formats.registry import get_format
+from kvmesh.kernels.workspace import AttentionShape
 from kvmesh.workers.calibration.file import Calibration
 from kvmesh.workers.config import DEFAULT_CPU_KV_MEMORY_BYTES, EngineConfig
 from kvmesh.workers.errors import ConfigError
@@ -275,17 +276,17 @@ class Rank:
 
     def _attention_bytes(self) -> int:
         """What a layer's attention allocates at most."""
-        sizes = {
-            "num_heads": self._model.num_heads,
-            "num_kv_heads": self._model.num_kv_heads,
-            "head_dim": self._model.head_dim,
-            "dtype_bytes": self._dtype.itemsize,
-            "max_seq_len": self._model.facts.max_model_len,
-        }
-        found = workspace_bytes(self._fmt, **sizes)
-        if self._far_attention is not None:
-            found += far_bytes(**sizes, max_queries=self._limits.max_num_batched_tokens)
-        return found
+        model = self._model
+        shape = AttentionShape(
+            num_heads=model.num_heads,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            dtype_bytes=self._dtype.itemsize,
+            max_seq_len=model.facts.max_model_len,
+            max_queries=self._limits.max_num_batched_tokens,
+            kinds=len(set(model.facts.sliding_windows)),
+        )
+        return shape.workspace_bytes(self._fmt, far=self._far_attention is not None)
 
     def _operators(self) -> str:
         """What was chosen at load, as users read it."""

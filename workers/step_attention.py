@@ -18,7 +18,7 @@ from kvmesh.workers.basis import Basis
 from kvmesh.workers.kv_pool import KVPool
 from kvmesh.workers.model.hook import AttendArgs
 from kvmesh.workers.parallel.comm import Communicator
-from kvmesh.workers.parallel.heads import merge_over_ranks, of_pieces
+from kvmesh.workers.parallel.heads import merge_over_ranks, of_pieces, order_of_ranks
 from kvmesh.workers.step import StepTensors
 
 
@@ -46,6 +46,12 @@ class StepAttention:
         # In a decode step no query reads what the step seals: those pages are still in every
         # query's exact window. So they can be sealed after the model, in all layers together.
         self._seals_last = step.batch.max_query_len == 1
+        self._order = None
+        batch = step.batch
+        if batch.deterministic and batch.firsts is not None:
+            num_tokens = step.slots.shape[0]
+            counts = batch.query_starts.diff()
+            self._order = order_of_ranks(batch.firsts, counts, num_tokens, rank.comm)
 
     def __call__(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, args: AttendArgs
@@ -89,7 +95,7 @@ class StepAttention:
         )
         out, sinks = rank.basis.leave(out), args.sinks
         if rank.comm.kvp > 1:
-            out, lse = merge_over_ranks(out, lse, rank.comm)
+            out, lse = merge_over_ranks(out, lse, rank.comm, self._order)
             if sinks is not None:
                 sinks = of_pieces(sinks, rank.head_dim, rank.comm)
         if sinks is not None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from kvmesh.kernels.attention import PREFILL_CHUNK_TOKENS
+from kvmesh.kernels import workspace
 from kvmesh.workers.shared_prefixes import PrefixSets
 from kvmesh.workers.step import BlockTables, StepArrays
 
@@ -29,7 +29,7 @@ def warm_up_steps(tables: BlockTables, min_members: int) -> Iterator[StepArrays]
         yield _step(tables, [2], 2, seals=True)
         yield _step(tables, [2], 2, seals=False)
     # The keys of a block of queries are in several parts from here on.
-    many = PREFILL_CHUNK_TOKENS + (exact + 2) * size
+    many = workspace.PREFILL_CHUNK_TOKENS + (exact + 2) * size
     if many <= longest:
         yield _step(tables, [many], 2, seals=False)
     shared = (exact + 2) * size

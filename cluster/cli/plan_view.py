@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kvmesh.cluster.simulator.hardware import Gpu
 
 GIB = 1 << 30
-_LEGEND = """weights, KV: of a GPU; longest: tokens of one sequence alone (k, M: 1,024, 1,048,576);
+_LEGEND = """weights, steps, KV: of a GPU; longest: tokens of one sequence (k, M: 1,024, 1,048,576);
 at once: sequences of the wanted length, on all GPUs; TTFT, TPOT: modelled;
 limit: of the context; †: needs calibration; ‡: not served by this version"""
 
@@ -57,7 +57,7 @@ def show(
         by_layout = [plan for plan in plans if plan.kv_format == shown.kv_format]
         by_format = [plan for plan in plans if plan.layout == shown.layout]
         out.print(f"\n{shown.kv_format}, by layout")
-        out.print(_table(by_layout, best, "layout", "weights\nGiB", "KV\nGiB", *_RESULTS))
+        out.print(_table(by_layout, best, "layout", *_MEMORY, *_RESULTS))
         out.print(f"{shown.layout}, by format")
         out.print(_table(by_format, best, "KV format", "bits", *_RESULTS))
     notes.print(f"[dim]{_LEGEND}[/dim]", soft_wrap=True)
@@ -109,6 +109,7 @@ _COLUMNS: Mapping[str, Callable[[Plan], str]] = {
     "KV format": lambda plan: f"{plan.kv_format}{' †' if plan.needs_calibration else ''}",
     "bits": lambda plan: f"{plan.bits:.2f}",
     "weights\nGiB": lambda plan: f"{plan.memory.weight_bytes / GIB:.1f}",
+    "steps\nGiB": lambda plan: f"{plan.memory.step_bytes / GIB:.1f}",
     "KV\nGiB": lambda plan: f"{max(plan.memory.kv_bytes, 0) / GIB:.1f}",
     "longest": lambda plan: human_tokens(plan.longest),
     "at\nonce": lambda plan: f"{plan.sequences:,}",
@@ -116,6 +117,7 @@ _COLUMNS: Mapping[str, Callable[[Plan], str]] = {
     "TPOT": lambda plan: "–" if plan.tpot_s is None else _brief(plan.tpot_s),
     "limit": lambda plan: plan.limit.value,
 }
+_MEMORY = ("weights\nGiB", "steps\nGiB", "KV\nGiB")
 _RESULTS = ("longest", "at\nonce", "TTFT", "TPOT", "limit")
 
 

@@ -1,9 +1,9 @@
 """What fills a GPU's memory besides KV, before any model is loaded.
 
     | gpu_memory_utilization · total                                     | left free |
-    | driver, context | weights | activations | KV budget                |
+    | driver, context | weights | activations | attention | KV budget    |
 
-The engine measures the second and the fourth part; here they are estimated.
+The engine measures activations and what the driver takes; here they are estimated.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from kvmesh.cluster.planner.layout import Layout
 from kvmesh.cluster.planner.model import PlannedModel
 from kvmesh.cluster.simulator.hardware import Gpu
 from kvmesh.cluster.simulator.service_time import BF16_BYTES
+from kvmesh.kernels.formats.base import KVFormat
+from kvmesh.kernels.formats.registry import format_of_model
+from kvmesh.kernels.workspace import AttentionShape
 from kvmesh.workers.model.sizes import ModelSizes
 from kvmesh.workers.model.weight_coding import StoredWeights
 from kvmesh.workers.sizes import kv_heads_of_rank
@@ -32,6 +35,7 @@ DECODED_BYTES = 64 << 20
 class RankMemory:
     """Bytes of one GPU.
 
+    workspace_bytes: what attention allocates, as the engine counts it
     kv_bytes: the KV budget, below 0 if even the weights do not fit
     """
 
@@ -40,10 +44,15 @@ class RankMemory:
     context_bytes: int
     weight_bytes: int
     activation_bytes: int
+    workspace_bytes: int
+
+    @property
+    def step_bytes(self) -> int:
+        return self.activation_bytes + self.workspace_bytes
 
     @property
     def kv_bytes(self) -> int:
-        taken = self.free_bytes + self.context_bytes + self.weight_bytes + self.activation_bytes
+        taken = self.free_bytes + self.context_bytes + self.weight_bytes + self.step_bytes
         return self.total_bytes - taken
 
 
@@ -51,7 +60,9 @@ def rank_memory(
     gpu: Gpu,
     model: PlannedModel,
     layout: Layout,
+    fmt: KVFormat,
     *,
+    max_model_len: int,
     max_num_batched_tokens: int,
     max_num_seqs: int,
     gpu_memory_utilization: float,
@@ -69,7 +80,27 @@ def rank_memory(
         context_bytes=CONTEXT_BYTES,
         weight_bytes=model.weight_bytes(weight_format, layout.tp, layout.kvp),
         activation_bytes=activations,
+        workspace_bytes=_workspace_bytes(
+            model.sizes, layout, fmt, max_model_len, max_num_batched_tokens
+        ),
     )
+
+
+def _workspace_bytes(
+    sizes: ModelSizes, layout: Layout, fmt: KVFormat, max_model_len: int, tokens: int
+) -> int:
+    """With an operator for far keys, as engines find one on GPUs from sm_80 on."""
+    shape = AttentionShape(
+        num_heads=sizes.heads // layout.tp,
+        num_kv_heads=kv_heads_of_rank(sizes.kv_heads, layout.tp),
+        head_dim=sizes.head_dim,
+        dtype_bytes=BF16_BYTES,
+        max_seq_len=max_model_len,
+        max_queries=tokens,
+        kinds=sizes.window_kinds,
+    )
+    stored = format_of_model(fmt, sizes.values_in_keys)
+    return shape.workspace_bytes(stored, far=sizes.has_full_attention and not sizes.values_in_keys)
 
 
 def activation_bytes(

@@ -211,6 +211,8 @@ def _plan_with(
         gpu,
         model,
         layout,
+        fmt,
+        max_model_len=settings.max_model_len or max(model.max_model_len, target.context),
         max_num_batched_tokens=limits.max_num_batched_tokens,
         max_num_seqs=limits.max_num_seqs,
         gpu_memory_utilization=target.gpu_memory_utilization,

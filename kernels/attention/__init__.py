@@ -1,7 +1,6 @@
 """Attention over hot and sealed pages."""
 
 from kvmesh.kernels.attention.batch import AttentionBatch, GivenDecodeWork, SharedPrefixes
-from kvmesh.kernels.attention.far import far_bytes
 from kvmesh.kernels.attention.op import (
     can_be_deterministic,
     far_attention,
@@ -10,18 +9,10 @@ from kvmesh.kernels.attention.op import (
     warm_up,
     warm_up_far,
 )
-from kvmesh.kernels.attention.work import (
-    PREFILL_CHUNK_TOKENS,
-    DecodeWork,
-    Lengths,
-    Round,
-    Windows,
-    columns_below,
-    workspace_bytes,
-)
+from kvmesh.kernels.attention.window import Windows, columns_below
+from kvmesh.kernels.attention.work import DecodeWork, Lengths, Round
 
 __all__ = [
-    "PREFILL_CHUNK_TOKENS",
     "AttentionBatch",
     "DecodeWork",
     "GivenDecodeWork",
@@ -32,10 +23,8 @@ __all__ = [
     "can_be_deterministic",
     "columns_below",
     "far_attention",
-    "far_bytes",
     "paged_attention",
     "sharers",
     "warm_up",
     "warm_up_far",
-    "workspace_bytes",
 ]

@@ -12,9 +12,11 @@ from dataclasses import replace
 
 import torch
 
+from kvmesh.kernels import workspace
 from kvmesh.kernels.attention import triton_attention
 from kvmesh.kernels.attention.batch import AttentionBatch
-from kvmesh.kernels.attention.work import DECODED_AT_ONCE, DECODED_TOKENS, Lengths, Windows
+from kvmesh.kernels.attention.window import Windows
+from kvmesh.kernels.attention.work import Lengths
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams
 from kvmesh.kernels.formats.registry import get_format
 
@@ -65,19 +67,16 @@ def _divide(
     batch: AttentionBatch, sliding_window: int | None
 ) -> Iterator[tuple[slice, torch.Tensor, AttentionBatch]]:
     lengths = Lengths.of(batch)
-    windows = Windows(
-        batch.page_size, batch.sink_pages, batch.recent_pages, sliding_window, batch.stride
-    )
+    windows = Windows.of(batch, sliding_window)
     # From the first page that the first new token reads to the last one that the last reads.
-    past = lengths.seq_lens - lengths.counts
-    first, _ = windows.sealed_pages(replace(lengths, seq_lens=past + 1))
-    _, end = windows.sealed_pages(lengths)
+    first, _ = lengths.sealed_of_first(windows)
+    _, end = lengths.sealed(windows)
     counts = (end - first).clip(min=0) * (lengths.counts > 0)
     start = 0
     while start < batch.num_seqs:
         stop = start + 1
         while stop < batch.num_seqs and (
-            int(counts[start : stop + 1].sum()) * batch.page_size <= DECODED_TOKENS
+            int(counts[start : stop + 1].sum()) * batch.page_size <= workspace.DECODED_TOKENS
         ):
             stop += 1
         rows = batch.rows[start:stop].long()
@@ -119,7 +118,7 @@ def _exact_pages(
     exact = get_format("exact")
     page_bytes = exact.page_bytes(page_size, head_dim, hot.element_size())
     pages = sealed.new_empty((max(1, len(ids)), num_kv_heads, page_bytes))
-    step = max(1, DECODED_AT_ONCE // page_size)
+    step = max(1, workspace.DECODED_AT_ONCE // page_size)
     for start in range(0, len(ids), step):
         some = sealed.index_select(0, ids[start : start + step])
         k, v = fmt.decode(some, page_size, head_dim, hot.dtype, params)

@@ -16,21 +16,14 @@ so near keys are divided as they would be without it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from kvmesh.kernels.attention import work
-from kvmesh.kernels.attention.work import Ints, Lengths, Windows
+from kvmesh.kernels import workspace
+from kvmesh.kernels.attention.window import Ints, Windows
+from kvmesh.kernels.attention.work import Lengths
 
-# Tokens of a layer that the workspace holds: 256 MiB for 8 KV heads of 128 channels.
-FAR_TOKENS = 65536
-# Query rows per KV head from which on decoding pays. By arithmetic for an H100 (3.35 TB/s,
-# 989 TFLOPs): for one key and value of 128 channels decoding moves 1.2 KiB (read the page, write
-# 16 bits per number, read them again), 0.4 ns, or twice that at half the bandwidth. A row takes
-# 1.85 ps where kernels reach 28% of the tensor cores, 1.5 ps with FlashAttention 2's 35%. So it
-# pays from 1,000 to 2,000 rows on.
-MIN_ROWS = 2048
 # A program of the operator has as many rows of one head, and they have to fill the device.
 PROGRAM_ROWS = 128
 
@@ -46,7 +39,7 @@ class FarKeys:
 
     def pieces(self, page_size: int) -> Iterator[tuple[int, int]]:
         """Columns that are decoded at a time, cut at fixed positions."""
-        pages = max(1, FAR_TOKENS // page_size)
+        pages = max(1, workspace.FAR_TOKENS // page_size)
         for start in range(self.first // pages * pages, self.end, pages):
             yield max(start, self.first), min(start + pages, self.end)
 
@@ -73,13 +66,12 @@ class FarWork:
         if windows.sliding_window is not None:
             return cls.none(lengths)
         counts = lengths.counts
-        pays = counts * group >= MIN_ROWS
+        pays = counts * group >= workspace.MIN_FAR_ROWS
         pays &= counts * num_heads >= PROGRAM_ROWS * processors
         if not pays.any():
             return cls.none(lengths)
-        chunk = windows.chunk_pages(work.PREFILL_CHUNK_TOKENS)
-        at_first_query = replace(lengths, seq_lens=lengths.seq_lens - counts + 1)
-        first, end = windows.sealed_pages(at_first_query)
+        chunk = windows.chunk_pages(workspace.PREFILL_CHUNK_TOKENS)
+        first, end = lengths.sealed_of_first(windows)
         chunks = end // chunk
         chunks[~pays | (chunks * chunk <= first)] = 0
         starts = lengths.query_starts
@@ -101,21 +93,3 @@ def workspace_numbers(
     """Numbers that decoding the largest piece takes, keys and values."""
     pages = max(end - first for one in keys for first, end in one.pieces(page_size))
     return 2 * num_kv_heads * pages * page_size * head_dim
-
-
-def far_bytes(
-    *,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    dtype_bytes: int,
-    max_seq_len: int,
-    max_queries: int,
-) -> int:
-    """Upper bound of what a layer's far keys allocate: the workspace, and for `max_queries` new
-    tokens the sums so far, a piece's results, and two numbers in fp32 for each of their rows."""
-    if max_queries * (num_heads // num_kv_heads) < MIN_ROWS:
-        return 0
-    held = 2 * num_kv_heads * min(max_seq_len, FAR_TOKENS) * head_dim * dtype_bytes
-    rows = max_queries * num_heads
-    return held + rows * (head_dim * (4 + 2 * dtype_bytes) + 4 * 4)

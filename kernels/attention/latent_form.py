@@ -13,6 +13,10 @@ from kvmesh.kernels.formats.fp8.side import Fp8
 from kvmesh.kernels.formats.tiles_triton import KernelConstants
 from kvmesh.kernels.gpu import Capability
 
+# By counts of machine code: 32 heads spill 400 bytes and more of a thread's registers, and a second
+# stage takes an eighth more instructions and the shared memory of a second program.
+HEADS, OPTIONS = 16, {"num_warps": 4, "num_stages": 1}
+
 
 @dataclass(frozen=True, eq=False)
 class LatentForm(KernelConstants):
@@ -50,19 +54,20 @@ def form_of(
     capability: Capability | None,
 ) -> LatentForm:
     """itemsize: of the compute dtype; windows: sink pages, recent pages and stride"""
-    values, is_large = fmt.values_in_keys, _is_large(capability)
+    values = fmt.values_in_keys
     code, width = _code_of(fmt.k)
     sink_pages, recent_pages, stride = windows
     return LatentForm(
         code=code,
         width=width,
         num_heads=num_heads,
-        heads=32 if num_heads > 16 and is_large else 16,
+        heads=HEADS,
         head_dim=head_dim,
         values=values,
         block_v=_block(values),
         block_r=_block(head_dim - values),
-        block_n=math.gcd(page_size, 32 if is_large else 16),
+        # Two tiles of 32 keys of 576 channels, for two uses, take 106 KiB.
+        block_n=math.gcd(page_size, 32 if shared_kib(capability) > 106 else 16),
         page_size=page_size,
         page_bytes=fmt.page_bytes(page_size, head_dim, itemsize),
         sink_pages=sink_pages,
@@ -74,18 +79,6 @@ def form_of(
 def _block(channels: int) -> int:
     """Channels of a tile: a power of two, and enough for tensor cores."""
     return max(16, 1 << max(0, channels - 1).bit_length())
-
-
-def _is_large(capability: Capability | None) -> bool:
-    """Whether shared memory holds the queries of 32 heads and two tiles of 32 keys, 160 KiB."""
-    return shared_kib(capability) > 160
-
-
-def launch_options(form: LatentForm, capability: Capability | None) -> dict[str, int]:
-    return {
-        "num_warps": 8 if form.heads > 16 else 4,
-        "num_stages": 2 if _is_large(capability) else 1,
-    }
 
 
 def _code_of(side: Side) -> tuple[str, int]:

@@ -15,7 +15,7 @@ from kvmesh.kernels.attention.batch import AttentionBatch
 from kvmesh.kernels.attention.numba_loop import DecodeLoop, decode_loop, missing_of
 from kvmesh.kernels.attention.numba_records import SEQUENCES, pages_record
 from kvmesh.kernels.attention.plan import check_queries, firsts_of, missing_page
-from kvmesh.kernels.attention.work import columns_below
+from kvmesh.kernels.attention.window import columns_below
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams
 from kvmesh.kernels.merge import merge_states
 from kvmesh.kernels.threads import loop_threads

@@ -29,15 +29,12 @@ import numpy.typing as npt
 import torch
 
 from kvmesh.kernels.attention.batch import AttentionBatch
-from kvmesh.kernels.attention.window import first_seen
-from kvmesh.kernels.attention.work import columns_below
+from kvmesh.kernels.attention.window import Ints, Windows, first_seen
 
 MAX_GROUP_TOKENS = 4096
 MIN_BLOCK_TOKENS = 64
 MAX_BLOCK_TOKENS = 256
 MAX_FAR_TOKENS = 8192
-
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,16 +151,14 @@ class _Planner:
     ) -> None:
         self.sides = sides
         self.num_kv_heads = num_kv_heads
+        self.windows = Windows.of(batch, sliding_window)
         self.window = sliding_window
         self.page_size = batch.page_size
-        self.sink = batch.sink_pages
-        self.recent = batch.recent_pages
         self.device = batch.seq_lens.device
         self.starts = _ints(batch.query_starts)
         self.lens = _ints(batch.seq_lens)
         self.rows = _ints(batch.rows)
         self.firsts = firsts_of(batch)
-        self.stride = batch.stride
         self.hot_tables = batch.hot_tables.cpu().numpy()
         self.sealed_tables = batch.sealed_tables.cpu().numpy()
 
@@ -175,8 +170,8 @@ class _Planner:
         if not len(decode):
             return ()
         # A group's sequences all have hot pages, or none has.
-        first, stop = self._sealed_range(decode, self.lens[decode] - 1)
-        _, hot = self._hot_pages(decode, self.lens[decode] - 1)
+        first, stop = self.windows.sealed(self.lens[decode] - 1, self.firsts[decode])
+        _, hot = self._hot_pages(decode)
         parts = (decode[hot > 0], decode[(hot == 0) & (stop > first)])
         return tuple(self._group(seqs) for part in parts for seqs in self._similar(part))
 
@@ -187,10 +182,6 @@ class _Planner:
             for start, stop in self._cuts(int(self.lens[seq]), int(self.counts[seq]))
         )
         return tuple(block for block in blocks if block is not None)
-
-    def _below(self, pages: Any, seqs: Any) -> Any:
-        """How many columns of the sequences have pages below these."""
-        return columns_below(pages, self.firsts[seqs], self.stride)
 
     def _cuts(self, length: int, count: int) -> list[tuple[int, int]]:
         """Blocks of a sequence's new tokens, cut at page boundaries.
@@ -208,7 +199,7 @@ class _Planner:
         """Sequences with one new token, grouped by similar numbers of sealed pages."""
         if len(seqs) == 0:
             return []
-        first, stop = self._sealed_range(seqs, self.lens[seqs] - 1)
+        first, stop = self.windows.sealed(self.lens[seqs] - 1, self.firsts[seqs])
         sealed = stop - first
         order = np.argsort(-sealed, kind="stable")
         groups: list[list[int]] = []
@@ -223,34 +214,20 @@ class _Planner:
             groups[-1].append(int(seqs[index]))
         return [np.array(sorted(group), dtype=np.int64) for group in groups]
 
-    def _first_page(self, positions: Ints) -> Ints:
-        """The first page of which the query at that position sees any token."""
-        if self.window is None:
-            return np.zeros_like(positions)
-        return first_seen(positions, self.window) // self.page_size
-
-    def _sealed_range(self, seqs: Ints, positions: Ints) -> tuple[Ints, Ints]:
-        """Columns of the sealed pages that each sequence's query reads: first and end."""
-        pages = positions // self.page_size
-        first = np.maximum(self._first_page(positions), self.sink)
-        stop = np.maximum(first, pages - self.recent)
-        return self._below(first, seqs), self._below(stop, seqs)
-
-    def _hot_pages(self, seqs: Ints, positions: Ints) -> tuple[Ints, Ints]:
-        """Columns [n, longest] of each query's hot pages, padded by its last, and their count."""
-        pages = positions // self.page_size
-        seen = self._below(self._first_page(positions), seqs)
-        sinks = np.maximum(self._below(np.minimum(self.sink, pages + 1), seqs) - seen, 0)
-        recent = np.maximum(self._below(np.maximum(self.sink, pages - self.recent), seqs), seen)
-        counts = sinks + np.maximum(self._below(pages + 1, seqs) - recent, 0)
+    def _hot_pages(self, seqs: Ints) -> tuple[Ints, Ints]:
+        """Columns [n, longest] of the hot pages that each sequence's last query reads, padded by
+        its last, and their count."""
+        first, sink_end, recent, end = self.windows.hot(self.lens[seqs] - 1, self.firsts[seqs])
+        sinks = sink_end - first
+        counts = sinks + np.maximum(end - recent, 0)
         place = np.minimum(np.arange(counts.max())[None, :], counts[:, None] - 1)
         in_sink = place < sinks[:, None]
-        columns = np.where(in_sink, seen[:, None] + place, (recent - sinks)[:, None] + place)
+        columns = np.where(in_sink, first[:, None] + place, (recent - sinks)[:, None] + place)
         return columns, counts
 
     def _group(self, seqs: Ints) -> DecodeGroup:
         positions = self.lens[seqs] - 1
-        first, stop = self._sealed_range(seqs, positions)
+        first, stop = self.windows.sealed(positions, self.firsts[seqs])
         num_sealed = int((stop - first).max())
         keys: list[Ints] = []
         padding: list[npt.NDArray[np.bool_]] = []
@@ -261,7 +238,7 @@ class _Planner:
             sealed = self._sealed(seqs, columns)
             keys.append(self._key_positions(seqs, columns))
             padding.append(np.repeat(place >= (stop - first)[:, None], self.page_size, axis=1))
-        columns, counts = self._hot_pages(seqs, positions)
+        columns, counts = self._hot_pages(seqs)
         hot_padding = np.repeat(
             np.arange(columns.shape[1])[None, :] >= counts[:, None], self.page_size, axis=1
         )
@@ -294,22 +271,25 @@ class _Planner:
         positions = past + np.arange(start, stop)
         one = np.array([seq])
         first_page, last_page = positions[[0, -1]] // self.page_size
-        seen = int(self._first_page(positions[:1])[0])
+        seen = int(self.windows.first_pages(positions[:1])[0])
+        sink, recent = self.windows.sink_pages, self.windows.recent_pages
         # Sealed pages that any query sees; every query sees those below far_stop in
         # sealed form, and no window cuts into those from far_first on.
-        sealed_first = max(self.sink, seen)
-        sealed_stop = max(sealed_first, int(last_page) - self.recent)
-        far_stop = max(sealed_first, int(first_page) - self.recent)
+        sealed_first = max(sink, seen)
+        sealed_stop = max(sealed_first, int(last_page) - recent)
+        far_stop = max(sealed_first, int(first_page) - recent)
         far_first = sealed_first
         if self.window is not None:
             whole = -(-int(first_seen(positions[-1:], self.window)[0]) // self.page_size)
             far_first = min(max(sealed_first, whole), far_stop)
         step = max(1, MAX_FAR_TOKENS // self.page_size)
 
+        first = self.firsts[seq]
+
         def columns(*spans: tuple[int, int]) -> Ints:
             """[1, pages]: those of the pages in these spans that are here."""
             return np.concatenate(
-                [np.arange(self._below(a, seq), self._below(b, seq)) for a, b in spans]
+                [np.arange(*self.windows.columns(np.array(span), first)) for span in spans]
             )[None, :]
 
         far_columns = columns((far_first, far_stop))
@@ -318,8 +298,8 @@ class _Planner:
             for place in range(0, far_columns.shape[1], step)
         )
         near = columns((sealed_first, far_first), (far_stop, sealed_stop))
-        hot_first = max(self.sink, int(first_page) - self.recent, seen)
-        sink_stop = min(self.sink, int(last_page) + 1)
+        hot_first = max(sink, int(first_page) - recent, seen)
+        sink_stop = min(sink, int(last_page) + 1)
         hot = columns((min(seen, sink_stop), sink_stop), (hot_first, int(last_page) + 1))
         near_keys, hot_keys = self._key_positions(one, near)[0], self._key_positions(one, hot)[0]
         hot_keys = hot_keys[: np.count_nonzero(hot_keys <= positions[-1])]
@@ -337,9 +317,13 @@ class _Planner:
         )
 
     def _near_bias(self, positions: Ints, sealed: Ints, hot: Ints) -> npt.NDArray[np.float32]:
-        edge = positions // self.page_size - self.recent  # the first recent page of each query
+        edge = (
+            positions // self.page_size - self.windows.recent_pages
+        )  # the first recent page of each query
         hot_pages = hot // self.page_size
-        seen_hot = (hot_pages < self.sink)[None, :] | (hot_pages[None, :] >= edge[:, None])
+        seen_hot = (hot_pages < self.windows.sink_pages)[None, :] | (
+            hot_pages[None, :] >= edge[:, None]
+        )
         seen_hot &= hot[None, :] <= positions[:, None]
         seen_sealed = (sealed // self.page_size)[None, :] < edge[:, None]
         seen = np.concatenate((seen_sealed, seen_hot), axis=1)
@@ -350,7 +334,7 @@ class _Planner:
 
     def _key_positions(self, seqs: Ints, columns: Ints) -> Ints:
         """[n, pages] of n sequences -> [n, pages * page_size]"""
-        logical = self.firsts[seqs][:, None] + self.stride * columns
+        logical = self.firsts[seqs][:, None] + self.windows.stride * columns
         keys = logical[:, :, None] * self.page_size + np.arange(self.page_size)
         return keys.reshape(len(columns), -1)
 
@@ -359,7 +343,7 @@ class _Planner:
         ids = tables[rows[:, None], columns].astype(np.int64)
         if (ids < 0).any():
             seq, place = (int(i[0]) for i in np.nonzero(ids < 0))
-            page = self.firsts[seqs[seq]] + self.stride * columns[seq, place]
+            page = self.firsts[seqs[seq]] + self.windows.stride * columns[seq, place]
             raise missing_page(name, int(rows[seq]), int(page))
         return ids
 

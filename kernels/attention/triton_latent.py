@@ -7,7 +7,7 @@ is loaded once, in two pieces, and used twice:
     scores     q · k          + q · k
     output     weights · k
 
-As all heads read the same keys, a program of 32 heads does 32 times as much with a byte as
+As all heads read the same keys, a program of 16 heads does 16 times as much with a byte as
 attention with a KV head for each: products are the bound, and decoding codes costs little.
 
 FORM is a `LatentForm` (latent_form.py).

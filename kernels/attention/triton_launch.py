@@ -13,7 +13,7 @@ import torch
 import triton
 from triton.runtime.interpreter import InterpretedFunction
 
-from kvmesh.kernels.attention import work
+from kvmesh.kernels import workspace
 from kvmesh.kernels.attention.triton_decode import decode_kernel
 from kvmesh.kernels.attention.triton_form import Form, form_of
 from kvmesh.kernels.attention.triton_prefill import prefill_kernel
@@ -123,7 +123,10 @@ def decode_launch(
     page_size, head_dim, group = geometry.page_size, geometry.head_dim, geometry.group
     k, v = format_kernels(fmt)
     flags = {"has_softcap": softcap, "has_window": window, "has_prefixes": prefixes}
-    shape: dict[str, Any] = {**flags, "chunk_pages": max(1, work.DECODE_CHUNK_TOKENS // page_size)}
+    shape: dict[str, Any] = {
+        **flags,
+        "chunk_pages": max(1, workspace.DECODE_CHUNK_TOKENS // page_size),
+    }
     if integer:
         form = geometry.form(
             fmt,
@@ -197,7 +200,7 @@ def prefill_launch(
     shape = {
         "block_q": block_q,
         "block_m": max(16, triton.next_power_of_2(block_q * geometry.group)),
-        "chunk_pages": max(1, work.PREFILL_CHUNK_TOKENS // geometry.page_size),
+        "chunk_pages": max(1, workspace.PREFILL_CHUNK_TOKENS // geometry.page_size),
         "has_softcap": softcap,
         "has_window": window,
     }
@@ -212,7 +215,7 @@ def prefix_launch(
     max_members = _max_sharers(geometry.head_dim, geometry.group, capability)
     shape = {
         "block_m": max(16, triton.next_power_of_2(max_members * geometry.group)),
-        "chunk_pages": max(1, work.DECODE_CHUNK_TOKENS // geometry.page_size),
+        "chunk_pages": max(1, workspace.DECODE_CHUNK_TOKENS // geometry.page_size),
         "has_softcap": softcap,
     }
     return _many_rows(prefix_kernel, fmt, geometry, capability, shape)

@@ -26,38 +26,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from kvmesh.kernels.attention.window import first_seen
-from kvmesh.kernels.formats.base import KVFormat
+from kvmesh.kernels import workspace
+from kvmesh.kernels.attention.window import Ints, Windows
 
 if TYPE_CHECKING:
     from kvmesh.kernels.attention.batch import AttentionBatch
-
-# Sealed keys that one program reads. In decode a part of 4 query heads costs 4 KiB of output for
-# 70 KiB of 4-bit pages. In prefill a part must be worth writing and merging 128 rows.
-DECODE_CHUNK_TOKENS = 512
-PREFILL_CHUNK_TOKENS = 4096
-# Parts whose results are held at a time, unless one sequence has more: 64 MiB for 32 heads of 128
-# channels. What has more is computed in several rounds.
-MAX_SLOTS = 4096
-# Bytes of results of prefill that are held at a time, unless one block has more.
-MAX_PREFILL_BYTES = 64 << 20
-# Tokens of formats for comparison that are held decoded at a time, unless one sequence has more,
-# and those that are decoded at once.
-DECODED_TOKENS, DECODED_AT_ONCE = 65536, 16384
-
-Ints = npt.NDArray[np.int64]
-# Keys of latents that a program reads for a decoding sequence, and bytes of results that are held
-# at a time, unless one sequence has more.
-LATENT_PART_TOKENS, MAX_LATENT_BYTES = 1024, 256 << 20
-
-
-def columns_below(pages: Any, firsts: Any, stride: int) -> Any:
-    """How many of the logical pages firsts, firsts + stride, … are below `pages`; of ints or of
-    arrays alike."""
-    return np.maximum(-((firsts - pages) // stride), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,38 +65,13 @@ class Lengths:
         """New tokens of each sequence."""
         return np.diff(self.query_starts)
 
-
-@dataclass(frozen=True, slots=True)
-class Windows:
-    """Which pages a query reads exactly, and how far back it sees; as in `AttentionBatch`."""
-
-    page_size: int
-    sink_pages: int
-    recent_pages: int
-    sliding_window: int | None
-    stride: int = 1
-
-    def chunk_pages(self, tokens: int) -> int:
-        return max(1, tokens // self.page_size)
-
-    def sink_columns(self, lengths: Lengths) -> Any:
-        """How many sink pages of each sequence are here."""
-        if lengths.firsts is None:
-            return self.sink_pages
-        return columns_below(self.sink_pages, lengths.firsts, self.stride)
-
-    def sealed_pages(self, lengths: Lengths) -> tuple[Ints, Ints]:
+    def sealed(self, windows: Windows) -> tuple[Ints, Ints]:
         """Columns of the sealed pages that the sequences' last queries read: first and end."""
-        positions = lengths.seq_lens - 1
-        first = np.full_like(positions, self.sink_pages)
-        if self.sliding_window is not None:
-            seen = first_seen(positions, self.sliding_window) // self.page_size
-            first = np.maximum(first, seen)
-        end = np.maximum(first, positions // self.page_size - self.recent_pages)
-        if lengths.firsts is None:
-            return first, end
-        first, end = (columns_below(x, lengths.firsts, self.stride) for x in (first, end))
-        return first, end
+        return windows.sealed(self.seq_lens - 1, self.firsts)
+
+    def sealed_of_first(self, windows: Windows) -> tuple[Ints, Ints]:
+        """Those that the sequences' first new tokens read."""
+        return windows.sealed(self.seq_lens - self.counts, self.firsts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,15 +98,15 @@ class DecodeWork:
 
     @classmethod
     def of(cls, lengths: Lengths, windows: Windows) -> DecodeWork:
-        chunk = windows.chunk_pages(DECODE_CHUNK_TOKENS)
+        chunk = windows.chunk_pages(workspace.DECODE_CHUNK_TOKENS)
         decodes = lengths.counts == 1
-        first, end = windows.sealed_pages(lengths)
+        first, end = lengths.sealed(windows)
         shared = np.zeros_like(first)
         set_chunks = np.zeros(0, np.int64)
         pages = lengths.prefix_pages
         if pages is not None and windows.sliding_window is None:
             first = first + pages
-            sink = windows.sink_columns(lengths)
+            sink = windows.columns(windows.sink_pages, lengths.firsts)
             shared = np.where(pages > 0, -(-(sink + pages) // chunk) - sink // chunk, 0)
             assert lengths.members is not None and lengths.set_starts is not None
             sizes = np.diff(lengths.set_starts)
@@ -174,7 +124,7 @@ class DecodeWork:
         """All sequences at once, if their parts' results fit."""
         first, count = 0, len(self.starts) - 1
         while first < count:
-            limit = self.starts[first] + MAX_SLOTS
+            limit = self.starts[first] + workspace.MAX_SLOTS
             end = max(first + 1, int(np.searchsorted(self.starts, limit, side="right")) - 1)
             yield Round(first, end, int(self.starts[first]), int(self.starts[end]))
             first = end
@@ -219,15 +169,15 @@ class PrefillWork:
         """block_q: queries of a block; item_bytes: of an item's results
         far_chunks: [num_seqs], chunks at the start of each sequence that are attended to elsewhere
             (`far.py`); min_queries: sequences with fewer new tokens have no items"""
-        chunk = windows.chunk_pages(PREFILL_CHUNK_TOKENS)
+        chunk = windows.chunk_pages(workspace.PREFILL_CHUNK_TOKENS)
         counts = lengths.counts
-        _, end = windows.sealed_pages(lengths)
-        seen, _ = windows.sealed_pages(replace(lengths, seq_lens=lengths.seq_lens - counts + 1))
+        _, end = lengths.sealed(windows)
+        seen, _ = lengths.sealed_of_first(windows)
         bases = np.maximum(seen // chunk, far_chunks)
         parts = np.maximum(-(-end // chunk) - bases, 1)
         blocks = np.where(counts >= min_queries, -(-counts // block_q), 0)
         starts = _starts(blocks * parts)
-        max_items = max(1, MAX_PREFILL_BYTES // item_bytes)
+        max_items = max(1, workspace.MAX_PREFILL_BYTES // item_bytes)
         slabs: list[Slab] = []
         for seq in np.flatnonzero(blocks):
             first_token, count = int(lengths.query_starts[seq]), int(counts[seq])
@@ -244,33 +194,6 @@ class PrefillWork:
                 )
                 slabs.append(slab)
         return cls(starts, bases, tuple(_joined(slabs, max_items)))
-
-
-def workspace_bytes(
-    fmt: KVFormat,
-    *,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    dtype_bytes: int,
-    max_seq_len: int,
-) -> int:
-    """Upper bound of what a layer's attention allocates on a GPU: results of parts of decode and of
-    prefill, and decoded pages of a format without kernels."""
-    slots = max(MAX_SLOTS, max_seq_len // DECODE_CHUNK_TOKENS + 2)
-    # A block of prefill has at most 128 rows of a KV head.
-    block = max_seq_len // PREFILL_CHUNK_TOKENS + 1
-    prefill = max(MAX_PREFILL_BYTES, block * 128 * num_heads * (head_dim + 1) * 4)
-    parts = slots * num_heads * (head_dim + 1) * 4 + prefill
-    if fmt.has_kernels:
-        return parts
-    if fmt.values_in_keys:
-        parts = max_seq_len // LATENT_PART_TOKENS + 1
-        # Merged, they exist once more.
-        return 2 * max(MAX_LATENT_BYTES, parts * num_heads * (head_dim + 1) * 4)
-    # While pages are decoded, their numbers exist a few times in fp32.
-    tokens = max(DECODED_TOKENS, max_seq_len) * dtype_bytes + DECODED_AT_ONCE * 32
-    return parts + 2 * num_kv_heads * head_dim * tokens
 
 
 def _joined(slabs: list[Slab], max_items: int) -> Iterator[Slab]:

@@ -9,6 +9,7 @@ import triton.language as tl
 # Parts that are read at a time, and channels of a program: a thousand parts are merged in eight
 # rounds, by as many programs as there are blocks of channels.
 BLOCK_P, BLOCK_D = tl.constexpr(128), tl.constexpr(32)
+MERGE_OPTIONS = {"num_warps": 4}
 
 
 def channel_blocks(head_dim: int) -> int:
@@ -104,6 +105,6 @@ def merge_states(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, 
             num_parts,
             num_rows,
             HEAD_DIM=head_dim,
-            num_warps=4,
+            **MERGE_OPTIONS,
         )
     return out, lse

@@ -25,6 +25,7 @@ def expert_mlp(
     glu: GatedUnit = SWIGLU,
     gate_up_bias: torch.Tensor | None = None,
     down_bias: torch.Tensor | None = None,
+    deterministic: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Σ over a token's experts e of weight · (glu(x · gate_eᵀ, x · up_eᵀ) · down_eᵀ)
@@ -37,6 +38,8 @@ def expert_mlp(
     down: [num_experts, hidden, width]; both are tensors, `GroupedWeight`, or on CPUs `PackedWeight`
         [num_experts * 2 * width, hidden] and [num_experts * hidden, width]
     gate_up_bias: [num_experts, 2 * width] or None; down_bias: [num_experts, hidden] or None
+    deterministic: a token's result has the same bits in any batch; on CPUs with packed weights and
+        SwiGLU alone
     backend: None picks the kernels on GPUs and plain torch elsewhere
     Returns [num_tokens, hidden] like x. On GPUs nothing synchronises with the host and no
     shape depends on data. A token's experts are summed in the order in which they are given,
@@ -71,7 +74,14 @@ def expert_mlp(
     ):
         if bias is not None and bias.shape != (num_experts, width):
             raise ValueError(f"{name}: expected {(num_experts, width)}, got {tuple(bias.shape)}")
-    return _implementation(x, backend)(
+    implementation = _implementation(x, backend)
+    packed = isinstance(gate_up, PackedWeight)
+    if implementation is reference.expert_mlp:
+        if deterministic and not (packed and glu == SWIGLU):
+            raise ValueError("deterministic: expected packed weights and SwiGLU with plain torch")
+    elif packed:
+        raise ValueError("gate_up, down: expected tensors for the kernels, got packed weights")
+    return implementation(
         x,
         experts,
         weights,
@@ -80,6 +90,7 @@ def expert_mlp(
         glu=glu,
         gate_up_bias=gate_up_bias,
         down_bias=down_bias,
+        deterministic=deterministic,
     )
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from kvmesh.kernels.linear import GroupedWeight, PackedWeight, linear
 from kvmesh.kernels.moe.glu import GatedUnit
+from kvmesh.kernels.pointwise import silu_mul
 
 # With few rows MKL is faster at W xᵀ than at x Wᵀ in float32.
 _FEW_ROWS = 64
@@ -27,6 +28,7 @@ def expert_mlp(
     glu: GatedUnit,
     gate_up_bias: torch.Tensor | None,
     down_bias: torch.Tensor | None,
+    deterministic: bool,
 ) -> torch.Tensor:
     num_tokens, top_k = experts.shape
     flat = experts.reshape(-1)
@@ -40,11 +42,13 @@ def expert_mlp(
         if not 0 <= expert < num_experts:
             continue
         bias = None if gate_up_bias is None else gate_up_bias[expert]
-        weight = _of_expert(gate_up, expert, num_experts)
-        gate, up = _linear(x[places // top_k], weight, bias).chunk(2, dim=-1)
+        both = _linear(x[places // top_k], _of_expert(gate_up, expert, num_experts), bias)
+        inner = silu_mul(both) if deterministic else glu(*both.chunk(2, dim=-1))
         bias = None if down_bias is None else down_bias[expert]
-        parts[places] = _linear(glu(gate, up), _of_expert(down, expert, num_experts), bias)
+        parts[places] = _linear(inner, _of_expert(down, expert, num_experts), bias)
     by_token = parts.view(num_tokens, top_k, x.shape[1]).float()
+    if deterministic:
+        return in_order(by_token * weights.float().unsqueeze(-1)).to(x.dtype)
     return torch.bmm(weights.float().unsqueeze(1), by_token).squeeze(1).to(x.dtype)
 
 
@@ -55,6 +59,14 @@ def _of_expert(
         rows = weights.shape[0] // num_experts
         return weights.rows(slice(expert * rows, (expert + 1) * rows))
     return weights.expert(expert) if isinstance(weights, GroupedWeight) else weights[expert]
+
+
+def in_order(shares: torch.Tensor) -> torch.Tensor:
+    """[num_tokens, top_k, hidden] -> the sums over a token's experts, one after the other"""
+    total = shares[:, 0]
+    for index in range(1, shares.shape[1]):
+        total = total + shares[:, index]
+    return total
 
 
 def _linear(

@@ -27,6 +27,11 @@ from kvmesh.kernels.linear.triton_tiles import (
     weight_form,
 )
 from kvmesh.kernels.moe.glu import GatedUnit
+from kvmesh.kernels.moe.reference import in_order
+
+# Of a tile whose shape must not depend on the batch: tensor cores may sum in another order for
+# another number of rows.
+FIXED_ROWS = 64
 
 BLOCK_N = 64  # outputs of a tile
 
@@ -173,12 +178,13 @@ def expert_mlp(
     glu: GatedUnit,
     gate_up_bias: torch.Tensor | None,
     down_bias: torch.Tensor | None,
+    deterministic: bool,
 ) -> torch.Tensor:
     num_tokens, top_k = experts.shape
     num_experts, hidden, width = down.shape
     parts = torch.zeros(num_tokens * top_k, hidden, dtype=torch.float32, device=x.device)
     if num_tokens:
-        block_m = block_rows(num_tokens * top_k, num_experts)
+        block_m = FIXED_ROWS if deterministic else block_rows(num_tokens * top_k, num_experts)
         groups = _Groups.of(experts, num_experts, block_m)
         x = x.contiguous()
         if isinstance(gate_up, torch.Tensor):
@@ -210,7 +216,8 @@ def expert_mlp(
             FORM=outward,
             **options(outward, x.dtype),
         )
-    return parts.view(num_tokens, top_k, hidden).sum(1).to(x.dtype)
+    shares = parts.view(num_tokens, top_k, hidden)
+    return (in_order(shares) if deterministic else shares.sum(1)).to(x.dtype)
 
 
 def block_rows(assignments: int, num_experts: int) -> int:

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kvmesh.kernels.direct import BoundKernels
+
 BLOCK = 2048
 
 
@@ -106,6 +108,11 @@ def rope_write_kernel(
             tl.store(to_ptr + HALF + offs, tl.load(from_ptr + HALF + offs, mask=mask), mask=mask)
 
 
+_norms = BoundKernels(norm_kernel, num_warps=8)
+_silu_muls = BoundKernels(silu_mul_kernel, num_warps=4)
+_rope_writes = BoundKernels(rope_write_kernel, num_warps=1)
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     x = x.contiguous()  # it may be a part of a projection
     return _norm(x, x, weight, eps, add=False)
@@ -122,26 +129,15 @@ def _norm(
 ) -> torch.Tensor:
     size = x.shape[-1]
     out = torch.empty_like(x)
-    norm_kernel[(x.numel() // size,)](
-        x,
-        residual,
-        weight,
-        out,
-        eps,
-        SIZE=size,
-        BLOCK=triton.next_power_of_2(size),
-        ADD=add,
-        num_warps=8,
-    )
+    launch = _norms[eps, size, triton.next_power_of_2(size), add]
+    launch((x.numel() // size, 1, 1), x, residual, weight, out)
     return out
 
 
 def silu_mul(both: torch.Tensor) -> torch.Tensor:
     size = both.shape[-1] // 2
     out = both.new_empty((*both.shape[:-1], size))
-    silu_mul_kernel[(out.numel() // size, triton.cdiv(size, BLOCK))](
-        both, out, SIZE=size, BLOCK=BLOCK, num_warps=4
-    )
+    _silu_muls[size, BLOCK]((out.numel() // size, -(-size // BLOCK), 1), both, out)
     return out
 
 
@@ -157,23 +153,8 @@ def rope_write(
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
     out = q.new_empty(q.shape)
-    rope_write_kernel[(num_tokens, num_heads + num_kv_heads)](
-        q,
-        k,
-        v,
-        cos,
-        sin,
-        hot,
-        slots,
-        out,
-        q.stride(0),
-        k.stride(0),
-        v.stride(0),
-        NUM_HEADS=num_heads,
-        NUM_KV_HEADS=num_kv_heads,
-        PAGE_SIZE=hot.shape[3],
-        HEAD_DIM=head_dim,
-        BLOCK=triton.next_power_of_2(head_dim // 2),
-        num_warps=1,
-    )
+    strides = (q.stride(0), k.stride(0), v.stride(0))
+    sizes = (num_heads, num_kv_heads, hot.shape[3], head_dim)
+    launch = _rope_writes[*strides, *sizes, triton.next_power_of_2(head_dim // 2)]
+    launch((num_tokens, num_heads + num_kv_heads, 1), q, k, v, cos, sin, hot, slots, out)
     return out

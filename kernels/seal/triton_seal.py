@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kvmesh.kernels.direct import BoundKernels
 from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.kernels.formats.tiles_triton import KernelConstants, format_kernels
 
@@ -58,6 +59,9 @@ def seal_kernel(
             FORM.seal_v(v_ptr, page_ptr + FORM.k_bytes, FORM.v_side, FORM)
 
 
+_seals = BoundKernels(seal_kernel, num_warps=NUM_WARPS)
+
+
 def seal_layers(
     hot: torch.Tensor,
     sealed: torch.Tensor,
@@ -69,16 +73,9 @@ def seal_layers(
     num_layers, num_hot_pages, _, num_kv_heads, page_size, head_dim = hot.shape
     form = seal_form(fmt, num_kv_heads, page_size, head_dim, hot.element_size())
     check_arenas(hot, sealed)
-    seal_kernel[(hot_ids.shape[0], num_kv_heads, 2 * num_layers)](
-        hot,
-        sealed.view(torch.int8),
-        hot_ids,
-        sealed_ids,
-        num_hot_pages,
-        sealed.shape[1],
-        form,
-        num_warps=NUM_WARPS,
-    )
+    grid = (hot_ids.shape[0], num_kv_heads, 2 * num_layers)
+    launch = _seals[num_hot_pages, sealed.shape[1], form]
+    launch(grid, hot, sealed.view(torch.int8), hot_ids, sealed_ids)
 
 
 @dataclass(frozen=True, eq=False)

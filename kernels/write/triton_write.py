@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kvmesh.kernels.direct import BoundKernels
+
 
 @triton.jit(do_not_specialize=["slots_ptr"])  # wherever they lie in a step's buffer
 def write_kernel(
@@ -38,23 +40,14 @@ def write_kernel(
             tl.store(out_ptr + NUM_KV_HEADS * PAGE_SIZE * HEAD_DIM, v, mask=mask_d)
 
 
+_writes = BoundKernels(write_kernel, num_warps=1)
+
+
 def write_hot(k: torch.Tensor, v: torch.Tensor, hot: torch.Tensor, slots: torch.Tensor) -> None:
     num_tokens, num_kv_heads, head_dim = k.shape
     if num_tokens == 0:
         return
-    write_kernel[(num_tokens, num_kv_heads)](
-        k,
-        v,
-        hot,
-        slots,
-        k.stride(0),
-        k.stride(1),
-        v.stride(0),
-        v.stride(1),
-        SIDES=hot.shape[1],
-        NUM_KV_HEADS=num_kv_heads,
-        PAGE_SIZE=hot.shape[3],
-        HEAD_DIM=head_dim,
-        BLOCK_D=triton.next_power_of_2(head_dim),
-        num_warps=1,
-    )
+    strides = (k.stride(0), k.stride(1), v.stride(0), v.stride(1))
+    sizes = (hot.shape[1], num_kv_heads, hot.shape[3], head_dim)
+    launch = _writes[*strides, *sizes, triton.next_power_of_2(head_dim)]
+    launch((num_tokens, num_kv_heads, 1), k, v, hot, slots)

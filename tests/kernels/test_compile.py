@@ -13,15 +13,18 @@ from pathlib import Path
 
 import pytest
 
+from kvmesh.kernels.formats.registry import format_names
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "benchmarks" / "results" / "sass.json"
 KINDS = ("uint4", "uint8", "e4m3", "e2m1")
 WITHOUT_PRODUCTS = (
-    *("seal", "write", "merge", "decoded pages", "add parts"),
+    *("seal", "write", "merge", "merge, decode", "merge, prefill", "decoded pages", "add parts"),
     *(f"decoded weights, {kind}" for kind in KINDS),
 )
+CODE = ROOT / "benchmarks" / "results" / "compiled_code.json"
 COMPILED = ROOT / "benchmarks" / "results" / "compiled.json"
 
 
@@ -69,15 +72,17 @@ PREFILL = {"90": ("128x8", ["int4", "k3v2"])}
 @pytest.mark.parametrize("capability", ODD_SHAPES)
 def test_kernels_compile_fit_into_shared_memory_and_have_not_grown(capability: str) -> None:
     """For odd shapes all kernels but the integer loop, which supports no such shapes; for wide
-    heads all; of decode's and prefill's loops the instructions are counted."""
+    heads all. Of decode's and prefill's loops the instructions for an element are counted, of all
+    kernels those of their longest loop."""
     compiled = (str(ROOT / "benchmarks/compiled.py"), "--capability", capability)
     sass = (str(ROOT / "benchmarks/sass.py"), "--capability", capability)
     names, stride = ODD_SHAPES[capability]
-    shape = ("--shape", "80x3", "--page-size", "48", "--stride", stride)
+    shape = ("--shape", "80x3", "--page-size", "48", "--stride", stride, "--check", str(CODE))
     kinds = WEIGHTS.get(capability, ())
     calls: list[tuple[str, ...]] = [(*compiled, *shape, "--format", *names, "--kind", *kinds)]
     if capability in WIDE_HEADS:
-        calls.append((*compiled, "--shape", "256x4", "--format", *WIDE_HEADS[capability], "--kind"))
+        wide = ("--shape", "256x4", "--check", str(CODE), "--format", *WIDE_HEADS[capability])
+        calls.append((*compiled, *wide, "--kind"))
     for wanted, table, loops in (
         ((), TABLE, DECODE),
         (("--prefill",), TABLE.with_name("sass_prefill.json"), PREFILL),
@@ -91,13 +96,28 @@ def test_kernels_compile_fit_into_shared_memory_and_have_not_grown(capability: s
 
 def test_attention_over_latents_fits_into_shared_memory() -> None:
     script = str(ROOT / "benchmarks" / "compiled.py")
-    run((script, "--capability", "89", "--latent", "128", "--format", "fp8"))
+    what = ("--capability", "89", "--latent", "128", "--format", "fp8")
+    run((script, *what, "--check", str(CODE)))
 
 
 def test_tiles_of_whole_blocks_compile_without_bf16() -> None:
     script = str(ROOT / "benchmarks" / "compiled.py")
     where = ("--capability", "75", "--kernel", "prefill", "decoded pages")
-    run((script, *where, "--format", "k3v2"))
+    run((script, *where, "--format", "k3v2", "--check", str(CODE)))
+
+
+def test_every_kernel_has_a_row() -> None:
+    """Of machine code: for what `sass.json` does not count for each element of KV."""
+    names = json.loads(CODE.read_text())["kernels"]
+    pages = "128x8, pages of 64, stride 1"
+    for gpu in ("sm_80", "sm_89", "sm_90"):
+        for fmt in format_names(comparison=False):
+            assert f"{gpu}, decoded pages, {fmt}, {pages}" in names
+        for fmt in ("exact", "int8", "fp8", "int4"):
+            row = names[f"{gpu}, latents, 128 heads, {fmt}"]
+            assert row["spill_bytes"] == 0
+            assert row["instructions"] <= 2400
+        assert f"{gpu}, fixed linear, all, {pages}" in names
 
 
 def test_the_record_of_what_compiles_has_no_failure() -> None:

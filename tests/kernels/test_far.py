@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from kvmesh.kernels.attention import dense, far, paged_attention, triton_launch, work
+from kvmesh.kernels import workspace
+from kvmesh.kernels.attention import dense, far, paged_attention, triton_launch
 from kvmesh.kernels.attention.dense import DenseAttention, dense_attention
-from kvmesh.kernels.attention.far import FarWork, far_bytes, workspace_numbers
+from kvmesh.kernels.attention.far import FarWork, workspace_numbers
 from kvmesh.kernels.attention.triton_far import FarLaunches
-from kvmesh.kernels.attention.work import Lengths, Windows
+from kvmesh.kernels.attention.window import Windows
+from kvmesh.kernels.attention.work import Lengths
 from kvmesh.kernels.formats.registry import get_format
 from kvmesh.kernels.merge import merge_states
+from kvmesh.kernels.workspace import AttentionShape
 from tests.kernels.cases import Case, Shape, make_case, truth
 from tests.kernels.test_dealt_pages import of_rank
 
@@ -50,8 +53,8 @@ def test_a_chunk_has_far_keys_only_if_that_pays() -> None:
         return bool(work_of((past + new, new), windows=windows, **changes)[1].keys)
 
     assert has_any(8192)
-    assert has_any(far.MIN_ROWS // 4, processors=100)
-    assert not has_any(far.MIN_ROWS // 4 - 1, processors=100)
+    assert has_any(workspace.MIN_FAR_ROWS // 4, processors=100)
+    assert not has_any(workspace.MIN_FAR_ROWS // 4 - 1, processors=100)
     assert not has_any(512)  # its 16,384 rows do not fill 132 processors
     assert not has_any(4096, num_heads=4)
     assert has_any(8192, num_heads=4)
@@ -66,15 +69,13 @@ def test_pieces_are_cut_at_fixed_positions() -> None:
     pieces = list(keys.pieces(64))
     assert pieces == [(1, 1024), (1024, 2048), (2048, 3072), (3072, keys.end)]
     held = workspace_numbers(found.keys, 64, 8, 128) * 2
-    limit = far_bytes(
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        dtype_bytes=2,
-        max_seq_len=2**18,
-        max_queries=8192,
-    )
-    assert held == 2**28 and held < limit < 3 * held
+    shape = AttentionShape(32, 8, 128, 2, max_seq_len=2**18, max_queries=8192)
+    fmt = get_format("int8")
+    limit = shape.workspace_bytes(fmt, far=True) - shape.workspace_bytes(fmt, far=False)
+    # The workspace, and for each row: the sum so far, a piece's output, its share, two lses.
+    rows = 8192 * 32 * (128 * (4 + 2 + 2) + 4 * 4)
+    assert held == 2**28
+    assert limit == held + rows
 
 
 # The operator for plain keys
@@ -120,15 +121,15 @@ def test_an_operator_that_is_wrong_or_fails_is_passed_over(
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Chunks of 64 tokens, pieces of 192, and any chunk of queries is large; the number of far
     keys of each layer that was computed."""
-    monkeypatch.setattr(work, "PREFILL_CHUNK_TOKENS", 64)
-    monkeypatch.setattr(far, "FAR_TOKENS", 192)
-    monkeypatch.setattr(far, "MIN_ROWS", 8)
+    monkeypatch.setattr(workspace, "PREFILL_CHUNK_TOKENS", 64)
+    monkeypatch.setattr(workspace, "FAR_TOKENS", 192)
+    monkeypatch.setattr(workspace, "MIN_FAR_ROWS", 8)
     monkeypatch.setattr(far, "PROGRAM_ROWS", 1)
     counts: list[int] = []
     run = FarLaunches.run
 
     def counted(self: FarLaunches, *tensors: torch.Tensor) -> None:
-        counts.append(len(self.keys))
+        counts.append(len(self.chunks))
         run(self, *tensors)
 
     monkeypatch.setattr(FarLaunches, "run", counted)
@@ -212,7 +213,7 @@ def test_windows_in_several_slabs(
 ) -> None:
     """A window's first chunk is far from the sequence's first, and blocks of queries are computed
     a few at a time."""
-    monkeypatch.setattr(work, "MAX_PREFILL_BYTES", 1)
+    monkeypatch.setattr(workspace, "MAX_PREFILL_BYTES", 1)
     case = make_case(get_format("exact"), Shape(32, 1, 32, 32, 1, 1), [(450, 5)])
     out, _ = attend(case, sliding_window=window)
     assert not small

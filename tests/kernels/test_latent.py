@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvmesh.kernels.attention import latent as latent_op
+from kvmesh.kernels import workspace
 from kvmesh.kernels.attention import paged_attention
 from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.kernels.formats.registry import format_names, format_of_model, get_format
@@ -60,7 +60,7 @@ def test_compiled_loop() -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages and channels that are no power of two, and more than one part."""
-    monkeypatch.setattr(latent_op, "LATENT_PART_TOKENS", 96)
+    monkeypatch.setattr(workspace, "LATENT_PART_TOKENS", 96)
     shape = Shape(5, 1, 72, page_size=48, sink_pages=1, recent_pages=1)
     lengths = [(1, 1), (100, 2), (250, 1), (48, 1)]
     check(make_case(latent(name, 52), shape, lengths, padding_tokens=1), "triton")

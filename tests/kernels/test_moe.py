@@ -169,3 +169,30 @@ def test_wrong_shapes_are_named(change: object, name: str) -> None:
     arguments, _ = make(3)
     with pytest.raises(ValueError, match=f"^{name}: "):
         expert_mlp(*change(arguments))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_bits_do_not_depend_on_other_tokens(backend: str) -> None:
+    (x, experts, weights, gate_up, down), biases = make(150, biases=True)
+    given: dict[str, Any] = {**biases, "backend": backend, "deterministic": True}
+    both: Any = (gate_up, down)
+    if backend == "reference":
+        both = [pack(side.flatten(0, 1), "exact") for side in both]
+    whole = expert_mlp(x, experts, weights, *both, **given)
+    plain = expert_mlp(x, experts, weights, gate_up, down, **biases)
+    torch.testing.assert_close(whole, plain, atol=2e-6, rtol=0)
+    for first, end in ((0, 1), (5, 6), (7, 40), (1, 150)):
+        some = slice(first, end)
+        part = expert_mlp(x[some], experts[some], weights[some], *both, **given)
+        assert torch.equal(part, whole[some])
+
+
+def test_plain_weights_and_other_units_are_not_deterministic_on_cpus() -> None:
+    arguments, _ = make(3)
+    with pytest.raises(ValueError, match="deterministic: expected packed weights and SwiGLU"):
+        expert_mlp(*arguments, deterministic=True, backend="reference")
+    packed: Any = [pack(side.flatten(0, 1), "exact") for side in arguments[3:]]
+    with pytest.raises(ValueError, match="deterministic"):
+        expert_mlp(*arguments[:3], *packed, glu=CLAMPED, deterministic=True, backend="reference")
+    with pytest.raises(ValueError, match="expected tensors for the kernels"):
+        expert_mlp(*arguments[:3], *packed, backend="triton")

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from benchmarks.stand_in_params import model_params_for, params_for
-from kvmesh.kernels.attention import decoded, paged_attention, triton_attention
+from kvmesh.kernels import workspace
+from kvmesh.kernels.attention import paged_attention, triton_attention
 from kvmesh.kernels.attention.triton_launch import takes_integer_path
 from kvmesh.kernels.formats.affine.side import Affine
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat
@@ -454,8 +455,8 @@ def test_formats_for_comparison_are_decoded_first(
     check(case, sliding_window=40)
     check(case, softcap=15.0)
     out, lse = attend(case)
-    monkeypatch.setattr(decoded, "DECODED_TOKENS", 16)
-    monkeypatch.setattr(decoded, "DECODED_AT_ONCE", 16)
+    monkeypatch.setattr(workspace, "DECODED_TOKENS", 16)
+    monkeypatch.setattr(workspace, "DECODED_AT_ONCE", 16)
     case.batch.plans.clear()
     pieces, piece_lse = attend(case)
     assert torch.equal(pieces, out) and torch.equal(piece_lse, lse)

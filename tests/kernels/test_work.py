@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from kvmesh.kernels.attention import paged_attention, triton_launch, work
-from kvmesh.kernels.attention.work import DecodeWork, Lengths, PrefillWork, Windows
+from kvmesh.kernels import workspace
+from kvmesh.kernels.attention import paged_attention, triton_launch
+from kvmesh.kernels.attention.window import Windows
+from kvmesh.kernels.attention.work import DecodeWork, Lengths, PrefillWork
 from kvmesh.kernels.formats.registry import get_format
 from tests.kernels.cases import Case, Shape, make_case, truth, with_prefixes
 
@@ -36,7 +38,7 @@ def test_a_long_sequence_gets_its_parts_whatever_is_next_to_it() -> None:
     long, short = (2**20, 1), (4096, 1)
     alone = DecodeWork.of(lengths_of(long), WINDOWS)
     together = DecodeWork.of(lengths_of(*[short] * 255, long), WINDOWS)
-    assert alone.num_slots == 1 + 2**20 // work.DECODE_CHUNK_TOKENS
+    assert alone.num_slots == 1 + 2**20 // workspace.DECODE_CHUNK_TOKENS
     assert np.diff(together.starts)[-1] == alone.num_slots
 
 
@@ -71,7 +73,7 @@ def test_slabs_of_prefill_cover_every_item_once_and_no_more_than_fits() -> None:
         assert before.end == after.first
     for slab in made.slabs[1:]:
         assert not slab.direct
-        assert (slab.end - slab.first) * item <= work.MAX_PREFILL_BYTES
+        assert (slab.end - slab.first) * item <= workspace.MAX_PREFILL_BYTES
 
 
 def attend(
@@ -111,8 +113,8 @@ def test_attention_of_a_sequence_is_bitwise_the_same_in_any_batch(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Decode and prefill in many parts, in one round and in several."""
-    monkeypatch.setattr(work, "DECODE_CHUNK_TOKENS", 64)
-    monkeypatch.setattr(work, "PREFILL_CHUNK_TOKENS", 128)
+    monkeypatch.setattr(workspace, "DECODE_CHUNK_TOKENS", 64)
+    monkeypatch.setattr(workspace, "PREFILL_CHUNK_TOKENS", 128)
     made = (triton_launch.decode_launch, triton_launch.prefill_launch)
     for cached in made:
         cached.cache_clear()
@@ -127,8 +129,8 @@ def test_attention_of_a_sequence_is_bitwise_the_same_in_any_batch(
             alone, alone_lse = attend(only(case, seq))
             assert torch.equal(alone, out[start : start + len(alone)])
             assert torch.equal(alone_lse, lse[start : start + len(alone)])
-        monkeypatch.setattr(work, "MAX_SLOTS", 3)
-        monkeypatch.setattr(work, "MAX_PREFILL_BYTES", 1)
+        monkeypatch.setattr(workspace, "MAX_SLOTS", 3)
+        monkeypatch.setattr(workspace, "MAX_PREFILL_BYTES", 1)
         again, again_lse = attend(replace(case, batch=replace(case.batch)))
         assert torch.equal(again, out) and torch.equal(again_lse, lse)
     finally:
@@ -144,7 +146,7 @@ def test_a_deterministic_batch_is_bitwise_the_same_token_by_token(
     """Chunks of a sequence, and its tokens as they would be decoded, one after the other."""
     if DEVICE == "cuda" and backend == "numba":
         pytest.skip("the compiled loops are for CPUs")
-    monkeypatch.setattr(work, "PREFILL_CHUNK_TOKENS", 128)
+    monkeypatch.setattr(workspace, "PREFILL_CHUNK_TOKENS", 128)
     triton_launch.prefill_launch.cache_clear()
     shape = Shape(2, 1, 64, 64, sink_pages=1, recent_pages=1)
     case = make_case(get_format("k4v4"), shape, [(330, 1), (300, 12), (70, 1), (64, 7)])
@@ -171,6 +173,6 @@ def test_shared_prefixes_in_several_rounds(monkeypatch: pytest.MonkeyPatch) -> N
     want, want_lse = truth(case, scale=0.125)
     assert (out.double() - want).abs().max() < 1e-5
     assert (lse.double() - want_lse).abs().max() < 1e-5
-    monkeypatch.setattr(work, "MAX_SLOTS", 4)
+    monkeypatch.setattr(workspace, "MAX_SLOTS", 4)
     again, _ = attend(replace(case, batch=replace(case.batch)))
     assert torch.equal(again, out)

@@ -65,8 +65,14 @@ def test_json_has_every_plan_to_the_byte() -> None:
     assert int8["sequence_bytes"] == 2 * 32 * 8 * (16384 * sealed)
     assert int8["geometry"]["hot_page_bytes"] == 2 * 32 * 1 * hot
     memory = best["memory"]
-    parts = ("free_bytes", "context_bytes", "weight_bytes", "activation_bytes", "kv_bytes")
-    assert sum(memory[part] for part in parts) == memory["total_bytes"]
+    parts = ("free", "context", "weight", "activation", "workspace", "kv")
+    assert sum(memory[f"{part}_bytes"] for part in parts) == memory["total_bytes"]
+    # Llama-3-8B with tp 8: 4 heads and 1 KV head. Results of decode's parts, of prefill's, and far
+    # keys: 65,536 decoded tokens, and sums of the rows of a step.
+    decode = 4096 * 4 * 129 * 4
+    prefill = 1024 * 128 * 129 * 4
+    far = 2 * 65536 * 128 * 2 + best["limits"]["max_num_batched_tokens"] * 4 * (128 * 8 + 16)
+    assert memory["workspace_bytes"] == decode + prefill + far
 
 
 def test_what_would_fit_but_is_not_served_is_said(tmp_path: Path) -> None:

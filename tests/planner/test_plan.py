@@ -34,8 +34,11 @@ from kvmesh.workers.sampling_params import SamplingParams
 from kvmesh.workers.sizes import PageNeed
 from tests.model.small import make_small_model
 
-# What is left for KV is 24 MiB, less the activations.
-SMALL_GPU = dataclasses.replace(GPUS["h100"], nvml_bytes=round((CONTEXT_BYTES + (24 << 20)) / 0.9))
+# What is left for KV is some 24 MiB, less the activations.
+STEPS_BYTES = 88 << 20  # results of parts of attention
+SMALL_GPU = dataclasses.replace(
+    GPUS["h100"], nvml_bytes=round((CONTEXT_BYTES + STEPS_BYTES + (24 << 20)) / 0.9)
+)
 POSITIONS = 1 << 22
 
 

@@ -73,14 +73,14 @@ def test_the_documented_rows_are_what_is_planned(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "gpu", "gpus", "kv_format", "layout", "documented"),
     [
-        ("llama-7b", "a100-80g", 1, "k2v2", "tp 1", "holds 705k on one A100"),
-        ("llama-7b", "a100-80g", 8, "k2v2", "tp 8", "and 6.82M on eight"),
-        ("llama-7b", "h200", 1, "k2v2", "tp 1", "one H200 holds 1.34M"),
-        ("llama-7b", "h200", 8, "k2v2", "tp 8", "eight hold 12.82M"),
-        ("qwen2.5-7b-1m", "h100", 8, "int8", "2 × tp 4", "one sequence of 8.99M tokens"),
-        ("qwen2.5-7b-1m", "h100", 8, "int8", "tp 4 kvp 2", "18.45M with"),
-        ("llama-3-8b", "h100", 8, "int8", "tp 8", "8.07M with tp 8"),
-        ("llama-3-8b", "h100", 8, "int8", "tp 4 kvp 2", "8.00M with tp 4 × kvp 2"),
+        ("llama-7b", "a100-80g", 1, "k2v2", "tp 1", "holds 683k on one A100"),
+        ("llama-7b", "a100-80g", 8, "k2v2", "tp 8", "and 6.79M on eight"),
+        ("llama-7b", "h200", 1, "k2v2", "tp 1", "one H200 holds 1.32M"),
+        ("llama-7b", "h200", 8, "k2v2", "tp 8", "eight hold 12.80M"),
+        ("qwen2.5-7b-1m", "h100", 8, "int8", "2 × tp 4", "one sequence of 8.97M tokens"),
+        ("qwen2.5-7b-1m", "h100", 8, "int8", "tp 4 kvp 2", "18.40M with"),
+        ("llama-3-8b", "h100", 8, "int8", "tp 8", "8.06M with tp 8"),
+        ("llama-3-8b", "h100", 8, "int8", "tp 4 kvp 2", "7.97M with tp 4 × kvp 2"),
     ],
 )
 def test_contexts_in_the_text_are_what_is_planned(

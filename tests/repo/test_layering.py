@@ -29,8 +29,12 @@ MAY_IMPORT = {
     "protos": {"protos"},
     "workers": {"kernels", "workers"},
 }
-# Formats' names, sizes and order of accuracy: plain arithmetic, kept free of torch.
-SHARED_FORMATS = {"kvmesh.kernels.formats.base", "kvmesh.kernels.formats.registry"}
+# Formats' names, sizes and order of accuracy, attention's bytes: plain arithmetic, free of torch.
+SHARED_FORMATS = {
+    "kvmesh.kernels.formats.base",
+    "kvmesh.kernels.formats.registry",
+    "kvmesh.kernels.workspace",
+}
 # Third parties, for the layers that may use only a few.
 THIRD_PARTIES = {
     "client": {"google", "grpc"},
@@ -42,6 +46,7 @@ HEAVY = {"accelerate", "numba", "ray", "torch", "transformers", "triton"}
 TORCH_FREE = {
     "kvmesh.kernels.formats.base",
     "kvmesh.kernels.formats.registry",
+    "kvmesh.kernels.workspace",
     "kvmesh.workers.config",
     "kvmesh.workers.errors",
     "kvmesh.workers.prefix_cache",

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import hypothesis.strategies as st
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from kvmesh.workers.config import EngineConfig
+from kvmesh.workers.deal import PageDeal
 from kvmesh.workers.engine import Engine
 from kvmesh.workers.errors import ConfigError, ConfigErrors
 from kvmesh.workers.local import local_executor
@@ -20,12 +22,24 @@ from kvmesh.workers.request import EngineRequest, SampledLogprobs
 from kvmesh.workers.sampling_params import SamplingParams
 from tests.exercised import Exercised
 from tests.model.small import VOCAB_SIZE, make_small_model
+from tests.workers.thread_ranks import ThreadRanks
 
 # More than a page, so that tokens that were generated are sealed.
 TOKENS = 20
 SHAPE: dict[str, Any] = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
 # Norms and linears of kvmesh, and of torch: LayerNorm without weights, one norm of all heads.
-ARCHITECTURES = ["LlamaForCausalLM", "Olmo2ForCausalLM", "CohereForCausalLM"]
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "LlamaForCausalLM": {},
+    "Olmo2ForCausalLM": {},
+    "CohereForCausalLM": {},
+    "Qwen3MoeForCausalLM": {
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "norm_topk_prob": True,
+    },
+    "MixtralForCausalLM": {"num_local_experts": 4, "num_experts_per_tok": 3},
+}
 Output = list[tuple[int, SampledLogprobs]]
 SEEN = Exercised(
     "deterministic", {"chunks": 10, "preemptions": 1, "cached tokens": 10, "sequences at a time": 8}
@@ -36,8 +50,8 @@ SEEN = Exercised(
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
     return {
-        name: make_small_model(name, folder / name, max_position_embeddings=512, **SHAPE)
-        for name in ARCHITECTURES
+        name: make_small_model(name, folder / name, max_position_embeddings=512, **SHAPE, **more)
+        for name, more in ARCHITECTURES.items()
     }
 
 
@@ -131,6 +145,8 @@ def test_bits_do_not_depend_on_batches_chunks_cache_or_preemption(
         *(("LlamaForCausalLM", name) for name in ("exact", "fp8")),
         ("Olmo2ForCausalLM", "k4v2"),
         ("CohereForCausalLM", "int8"),
+        ("Qwen3MoeForCausalLM", "int8"),
+        ("MixtralForCausalLM", "k4v4"),
     ],
 )
 def test_models_and_formats(
@@ -143,10 +159,25 @@ def test_models_and_formats(
     assert together == [generated(alone, [prompt])[0] for prompt in prompts]
 
 
+@pytest.mark.slow
+def test_pages_that_are_dealt_to_ranks(models: dict[str, Path]) -> None:
+    """Ranks are merged in the order of a sequence's pages, whichever of them has the first. What a
+    sequence begins with decides on that, so another engine may deal its pages in another way."""
+    config = config_of(models["LlamaForCausalLM"], kvp=4, threads_per_rank=1)
+    prompts = [prompt_of(n, n) for n in (9, 75, 40)]
+    engine = Engine(config.replace(max_num_batched_tokens=23, max_num_seqs=3), ThreadRanks(config))
+    together = generated(engine, prompts)
+    config = config.replace(prefix_cache=False)  # equal contents must be on one rank
+    alone = Engine(config, ThreadRanks(config))
+    for prompt, output in zip(prompts, together, strict=True):
+        for offset in (1, 3):
+            with mock.patch.object(PageDeal, "of", lambda kvp, _, at=offset: PageDeal(kvp, at)):
+                assert generated(alone, [prompt])[0] == output
+
+
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"kvp": 2}, "kvp"),
         ({"kv_format": "kivi2"}, "kv_format"),
         ({"cuda_graphs": True}, "cuda_graphs"),
     ],
@@ -158,17 +189,17 @@ def test_settings_that_it_cannot_hold_with_are_named(
         config_of(Path("model"), **changes)
     assert caught.value.field == field
     with pytest.raises(ConfigErrors):
-        config_of(Path("model"), kvp=2, cuda_graphs=True)
+        config_of(Path("model"), kv_format="kivi2", cuda_graphs=True)
 
 
 @pytest.mark.parametrize(
     ("architecture", "overrides", "changes", "reason"),
     [
         (
-            "Qwen3MoeForCausalLM",
-            {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+            "GptOssForCausalLM",
+            {"num_local_experts": 4, "num_experts_per_tok": 2},
             {},
-            "mixtures of experts",
+            "is for Mixtral, OLMoE and Qwen3-MoE; got",
         ),
         ("LlamaForCausalLM", {}, {"dtype": "bfloat16"}, "float32 on CPUs"),
     ],

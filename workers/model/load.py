@@ -28,14 +28,14 @@ from kvmesh.workers.model.mamba2 import Mamba2Mixer
 from kvmesh.workers.model.recurrent_state import StepStates
 from kvmesh.workers.model.rg_lru import GatedLinearRecurrence
 from kvmesh.workers.model.rope import Rope, fixed_rotary, override_rope
-from kvmesh.workers.model.shards import Placer
+from kvmesh.workers.model.shards import Placer, shard_of
 from kvmesh.workers.model.sizes import check_tp
 from kvmesh.workers.model.standard_keys import standard_keys
 from kvmesh.workers.model.storage import Storage
 from kvmesh.workers.model.stored import adapt, read_config, stored_as
 from kvmesh.workers.model.weights import WeightReader, Weights
 from kvmesh.workers.parallel.comm import Communicator
-from kvmesh.workers.parallel.experts import Experts
+from kvmesh.workers.parallel.experts import Experts, RowByRow
 from kvmesh.workers.parallel.linears import ColumnLinear, RowLinear, VocabHead
 from kvmesh.workers.rope_override import RopeOverride
 from kvmesh.workers.sizes import kv_heads_of_rank
@@ -167,10 +167,12 @@ class ServedModel:
             raise ConfigError(
                 "deterministic", "must be false for models with recurrent layers, which scan chunks"
             )
-        if self.facts.num_experts:
+        model_type = self._body.config.model_type  # type: ignore[union-attr]
+        if self.facts.num_experts and model_type not in _DETERMINISTIC_MIXTURES:
             raise ConfigError(
                 "deterministic",
-                "must be false for mixtures of experts, whose products vary in size",
+                "among mixtures of experts is for Mixtral, OLMoE and Qwen3-MoE; got "
+                f"{self.facts.architecture}",
             )
         parts = list(self._body.modules())
         if any(isinstance(part, nn.Linear) for part in parts):
@@ -193,6 +195,11 @@ class ServedModel:
                 )
         for part in (*linears, self._head):
             part.deterministic = True
+        for name, part in list(self._body.named_modules()):
+            if isinstance(part, Experts):
+                part.make_deterministic()
+            elif shard_of(str(model_type), name) == "router":
+                self._body.set_submodule(name, RowByRow(part))
 
     def expert_tokens(self) -> Tensor | None:
         """[layers with experts, num_experts] int64 on the host: how many tokens each expert has
@@ -318,6 +325,8 @@ def build_model(
     return ServedModel(facts, model, slot, comm, dtype)
 
 
+# Between their products are elementwise operators and kvmesh's own.
+_DETERMINISTIC_MIXTURES = frozenset({"mixtral", "olmoe", "qwen3_moe"})
 # What a layer mixes tokens with, by the names that transformers has for it.
 _MIXERS = ("self_attn", "linear_attn", "temporal_block", "mamba")
 _LAST_NORMS = ("norm", "final_norm", "final_layernorm")

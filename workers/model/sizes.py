@@ -23,6 +23,7 @@ class ModelSizes:
     experts_per_token: to how many of them a token is sent
     state: what recurrent layers keep of a sequence, None if there are none
     values_in_keys: how many channels of a key are its value; 0 if values are of their own
+    window_kinds: different sliding windows of layers; has_full_attention: whether one has none
     """
 
     architecture: str
@@ -40,6 +41,8 @@ class ModelSizes:
     expert_layers: int = 0
     state: StateShape | None = None
     values_in_keys: int = 0
+    window_kinds: int = 1
+    has_full_attention: bool = True
 
     @classmethod
     def of(cls, config: Mapping[str, Any], source: Path | str) -> ModelSizes:
@@ -60,6 +63,7 @@ class ModelSizes:
             return value
 
         layers, heads = number("num_hidden_layers"), number("num_attention_heads")
+        windows = architecture.sliding_windows(config)
         hidden = number("hidden_size")
         sizes = cls(
             architecture=architecture.name,
@@ -71,6 +75,8 @@ class ModelSizes:
             intermediate_size=0,
             vocab_size=number("vocab_size"),
             state=architecture.state(config),
+            window_kinds=len(set(windows)),
+            has_full_attention=None in windows,
         )
         if architecture.latent:
             rank = number("kv_lora_rank")

@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kvmesh.kernels.moe import ExpertWeights, GatedUnit, expert_mlp
+from kvmesh.kernels.linear import pack, prepare
+from kvmesh.kernels.moe import SWIGLU, ExpertWeights, GatedUnit, expert_mlp
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.parallel.linears import ready
 
@@ -41,6 +42,7 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         self.gate_up, self.down = ready(gate_up), ready(down)
+        self._deterministic = False
         self.gate_up_bias, self.down_bias = (
             None if bias is None else nn.Parameter(bias, requires_grad=False)
             for bias in (gate_up_bias, down_bias)
@@ -52,6 +54,20 @@ class Experts(nn.Module):
         self._comm = comm
         self._first = first
         self._glu = glu
+
+    def make_deterministic(self) -> None:
+        """From now on a token's result has the same bits in any batch. On CPUs experts are packed
+        for it, without rounding. Raises ValueError for another gated unit than SwiGLU."""
+        if self._glu != SWIGLU:
+            raise ValueError("experts: expected SwiGLU")
+        self._deterministic = True
+        for name in ("gate_up", "down"):
+            weights = getattr(self, name)
+            if isinstance(weights, Tensor) and weights.device.type == "cpu":
+                delattr(self, name)
+                packed = pack(weights.flatten(0, 1), "exact")
+                prepare(packed)
+                setattr(self, name, packed)
 
     def forward(self, hidden_states: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """hidden_states: [T, hidden]; experts, weights: [T, top_k] -> like hidden_states"""
@@ -66,7 +82,23 @@ class Experts(nn.Module):
             glu=self._glu,
             gate_up_bias=self.gate_up_bias,
             down_bias=self.down_bias,
+            deterministic=self._deterministic,
             # The kernels have no gradients, which calibration needs.
             backend="reference" if hidden_states.requires_grad else None,
         )
         return self._comm.all_reduce(out)
+
+
+class RowByRow(nn.Module):
+    """A router whose choice for a token has the same bits in any batch: it sees a token at a time,
+    in memory of its own. A library's sums depend on how many rows there are, and how they lie."""
+
+    def __init__(self, router: nn.Module) -> None:
+        super().__init__()
+        self.router = router
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
+        """[..., hidden] -> what the router returns, [T, ...] each"""
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1]).split(1)
+        found = [self.router(row.clone()) for row in rows]
+        return tuple(torch.cat(parts) for parts in zip(*found, strict=True))

@@ -23,11 +23,15 @@ from kvmesh.kernels.merge import merge_states
 from kvmesh.workers.parallel.comm import Communicator
 
 
-def merge_over_ranks(out: Tensor, lse: Tensor, comm: Communicator) -> tuple[Tensor, Tensor]:
+def merge_over_ranks(
+    out: Tensor, lse: Tensor, comm: Communicator, order: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Every one of the kvp ranks calls it with the same shapes.
 
     out: [num_tokens, num_heads, head_dim]; lse: [num_tokens, num_heads] fp32, natural log; where
         this rank has no visible key 0 and -inf
+    order: [num_tokens, kvp] int64, from `order_of_ranks`: a token's result has the same bits in any
+        batch, and whichever rank has its first page. None for the ranks' own order
     Returns out and lse of the rank's part of the channels, in pieces that lie in one head each:
     [num_tokens, pieces, width] like out, and [num_tokens, pieces] fp32
     """
@@ -37,8 +41,31 @@ def merge_over_ranks(out: Tensor, lse: Tensor, comm: Communicator) -> tuple[Tens
     each = lse.repeat_interleave(head_dim // width, dim=1)
     packed = torch.cat((out.reshape(*shape, width).float(), each.view(*shape, 1)), dim=-1)
     found = comm.exchange(packed.transpose(0, 1).contiguous())
-    merged, total = merge_states(found[..., :width].contiguous(), found[..., width].contiguous())
-    return merged.to(out.dtype), total
+    if order is not None:
+        found = found.take_along_dim(order.T[..., None, None], dim=0)
+    tokens = [found]
+    if order is not None and not out.is_cuda:
+        # Plain torch computes a number in another way where it is one of many; the kernel does not.
+        tokens = [token.clone() for token in found.split(1, dim=1)]
+    merged = [
+        merge_states(token[..., :width].contiguous(), token[..., width].contiguous())
+        for token in tokens
+    ]
+    parts, totals = (torch.cat(x) if len(x) > 1 else x[0] for x in zip(*merged, strict=True))
+    return parts.to(out.dtype), totals
+
+
+def order_of_ranks(firsts: Tensor, counts: Tensor, num_tokens: int, comm: Communicator) -> Tensor:
+    """The ranks in the order of the first pages that they have of a token's sequence.
+
+    firsts: [num_seqs], the first page of each sequence that is on this rank
+    counts: [num_seqs], tokens of each; num_tokens: their sum
+    Returns [num_tokens, kvp] int64
+    """
+    first_rank = (comm.kvp_rank - firsts.long()) % comm.kvp
+    first_rank = first_rank.repeat_interleave(counts, output_size=num_tokens)
+    ranks = torch.arange(comm.kvp, device=firsts.device)
+    return (first_rank[:, None] + ranks) % comm.kvp
 
 
 def pieces_of(num_heads: int, head_dim: int, kvp: int) -> tuple[int, int]:
