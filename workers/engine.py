@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable
 
-from kvmesh.kernels.formats.registry import get_format
+from kvmesh.kernels.formats.registry import format_of_name
 from kvmesh.workers.blame import Blame
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.constrained_outputs import ConstrainedOutputs
@@ -343,7 +343,9 @@ def _info(
         epoch=uuid.uuid4().hex,
         model=rank.model,
         model_revision=rank.model_revision,
-        kv_format=rank.kv_format or get_format(config.kv_format).name,
+        kv_format=format_of_name(
+            rank.kv_format or config.kv_format, rank.values_in_keys, rank.device
+        ).name,
         dtype=rank.dtype,
         tp=config.tp,
         geometry=geometry,

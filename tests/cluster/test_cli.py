@@ -386,8 +386,7 @@ def test_ctrl_c_ends_a_generation_on_the_server_too() -> None:
         process.send_signal(signal.SIGINT)
         written, errors = process.communicate(timeout=PATIENCE_S)
         assert servicer.ended.wait(PATIENCE_S)
-    assert process.returncode == ExitCode.INTERRUPTED
-    assert (written, errors) == (b"\n", b"")
+    assert (written, errors, process.returncode) == (b"\n", b"", ExitCode.INTERRUPTED)
 
 
 @pytest.mark.parametrize("arguments", [("formats",), ("formats", "--json"), ("config",)])
