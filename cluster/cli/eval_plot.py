@@ -39,11 +39,14 @@ def plot_perplexity(reports: Sequence[PerplexityReport], path: Path) -> None:
     single = len(reports) == 1
     size = (8.4, 5.2) if single else (5.6 * len(reports), 5.6)
     figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(ncols=len(reports), sharey=True, squeeze=False)[0]
+    panels = figure.subplots(ncols=len(reports), sharex=True, sharey=True, squeeze=False)[0]
     rows_of = [sorted(x.formats[1:], key=lambda row: (row.bits, _nats(row))) for x in reports]
     for axes, report, rows in zip(panels, reports, rows_of, strict=True):
         _panel(axes, report, rows)
     highest = max((_nats(row) for rows in rows_of for row in rows), default=0.1)
+    bits = [row.bits for rows in rows_of for row in rows] or [2.0, 8.0]
+    margin = max(0.4, (max(bits) - min(bits)) * 0.08)
+    panels[0].set_xlim(min(bits) - margin, max(bits) + 2 * margin)
     panels[0].set_ylim(FLOOR_NATS / 1.6, max(highest * 2, 0.1))
     panels[0].set_ylabel("KL divergence from exact KV, nats", color=_INK, fontsize=10.5)
     figure.draw_without_rendering()  # computes the positions of the points
@@ -94,10 +97,6 @@ def _front(rows: list[FormatPerplexity]) -> list[FormatPerplexity]:
 
 def _frame(axes: Axes, report: PerplexityReport, rows: list[FormatPerplexity]) -> None:
     axes.set_yscale("log")
-    widest = max([row.bits for row in rows], default=8.0)
-    narrowest = min([row.bits for row in rows], default=2.0)
-    margin = max(0.4, (widest - narrowest) * 0.08)
-    axes.set_xlim(narrowest - margin, widest + 2 * margin)
     axes.xaxis.set_major_locator(MultipleLocator(1))
     axes.yaxis.set_major_formatter(FuncFormatter(_number))
     axes.yaxis.set_minor_formatter(NullFormatter())
