@@ -16,6 +16,7 @@ from benchmarks.stand_in_params import model_params_for, params_for
 from kvmesh.kernels import workspace
 from kvmesh.kernels.attention import paged_attention, triton_attention
 from kvmesh.kernels.attention.triton_launch import takes_integer_path
+from kvmesh.kernels.direct import BoundKernels
 from kvmesh.kernels.formats.affine.side import Affine
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat
 from kvmesh.kernels.formats.registry import format_names, get_format
@@ -394,7 +395,7 @@ def test_layers_are_sealed_in_one_launch(
             return kernel[grid]
 
     kernel = triton_seal.seal_kernel
-    monkeypatch.setattr(triton_seal, "seal_kernel", Counted())
+    monkeypatch.setattr(triton_seal, "_seals", BoundKernels(Counted(), num_warps=8))
     seal_layers(
         hot, together, *ids, fmt=fmt, params=on_device, positions=at.to(DEVICE), backend="triton"
     )
