@@ -112,6 +112,8 @@ def friendly_errors(*, as_json: bool = False) -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(ExitCode.BROKEN_PIPE) from None
     except Exception as error:
+        if _while_interrupted(error):
+            raise KeyboardInterrupt from None
         code = exit_code_of(error)
         if code is None or (isinstance(error, typer.TyperException) and not as_json):
             raise  # Typer prints its own errors, with the usage
@@ -120,6 +122,16 @@ def friendly_errors(*, as_json: bool = False) -> Iterator[None]:
         else:
             err.print(f"[red]error:[/red] {escape(as_text(error))}", soft_wrap=True)
         raise typer.Exit(code) from None
+
+
+def _while_interrupted(error: BaseException) -> bool:
+    """Whether Ctrl-C was being handled. It comes between any two instructions, also within a
+    lock's own code, which may then fail to release what it did not acquire."""
+    while error.__context__ is not None:
+        error = error.__context__
+        if isinstance(error, KeyboardInterrupt):
+            return True
+    return False
 
 
 def as_text(error: Exception) -> str:

@@ -14,13 +14,14 @@ from typing import Any
 
 import grpc
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
 import kvmesh.client
 from kvmesh.client import Client, FakeServer, FakeTransport, KVMeshError
 from kvmesh.client import errors as sdk
 from kvmesh.cluster.cli.commands import app
-from kvmesh.cluster.cli.exits import ExitCode, exit_code_of
+from kvmesh.cluster.cli.exits import CommandFailed, ExitCode, exit_code_of, friendly_errors
 from kvmesh.cluster.errors import StartError
 from kvmesh.protos import pb
 from kvmesh.workers.errors import ConfigError, EngineError
@@ -508,3 +509,18 @@ def test_generate_takes_one_kind_of_structured_output(fake: FakeServer) -> None:
     missing = run("generate", "hi", "--grammar", "/no/such/file")
     assert (missing.exit_code, fake.requests) == (2, [])
     assert "/no/such/file cannot be read" in missing.stderr
+
+
+def test_an_error_while_ctrl_c_is_handled_is_ctrl_c() -> None:
+    """As where it comes in the middle of a lock's own code."""
+    with pytest.raises(KeyboardInterrupt), friendly_errors():
+        try:
+            raise KeyboardInterrupt
+        finally:
+            try:
+                threading.Lock().release()  # RuntimeError
+            finally:
+                raise CommandFailed("closing failed")
+    with pytest.raises(typer.Exit) as caught, friendly_errors():
+        raise CommandFailed("not interrupted")
+    assert caught.value.exit_code == ExitCode.FAILED
