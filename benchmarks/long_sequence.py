@@ -208,7 +208,10 @@ def main() -> None:
     arguments = parser.parse_args()
     found = measure(arguments.tokens, arguments.window)
     report = {**conditions(), "commit": commit_of(HERE), **found}
-    arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    # One for each length and window, the latest of each.
+    results = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
+    results[f"{arguments.tokens} tokens, window {arguments.window}"] = report
+    arguments.json.write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(report, indent=1))
 
 

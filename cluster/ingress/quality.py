@@ -32,12 +32,12 @@ DIVERGENCE_NATS: Mapping[str, float] = {
     "k3v3": 0.0101,
     "nuq3": 0.0206,
     "k2v2": 0.0315,
-    "turboquant-sign": 0.0462,
     "nuq2": 0.0857,
     "turboquant-qjl": 0.0999,
     "kivi2": 0.2233,
     "int4": 0.8013,
     "g64-hqq2": 1.1808,
+    "turboquant-sign": 1.2579,
     "g64-int2": 1.7147,
 }
 
