@@ -53,9 +53,11 @@ def run_demo(settings: ClusterConfig, question: str, max_tokens: int) -> ExitCod
 
 def _describe(settings: ClusterConfig, endpoint: Endpoint) -> None:
     out.print(f"[bold]{settings.model}[/bold]")
+    with Client(endpoint.target, api_key=endpoint.api_key) as client:
+        formats = {group.group: group.kv_format for group in client.model_info().groups}
     for group, engine in settings.group_engines().items():
         ranks = f"{engine.ranks} ranks" if engine.ranks > 1 else "one rank"
-        out.print(f"{group}: {ranks}, KV format {engine.kv_format}")
+        out.print(f"{group}: {ranks}, KV format {formats[group]}")
     out.print(f"gRPC at {endpoint.target}, OpenAI's API at {endpoint.http_url}/v1", markup=False)
 
 
