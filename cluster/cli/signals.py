@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import signal
-import threading
 from collections.abc import Callable, Iterator
+from queue import Empty, SimpleQueue
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -16,10 +17,15 @@ class Stop(BaseException):
 
 
 class StopRequest:
-    """Whether a signal asked this process to stop, and what to do at the next one."""
+    """Whether a signal asked this process to stop, and what to do at the next one.
+
+    A handler runs in the main thread between any two instructions, also of another handler: it must
+    take no lock, which that thread may hold already.
+    """
 
     def __init__(self) -> None:
-        self._requested = threading.Event()
+        self._requested = False
+        self._woken: SimpleQueue[None] = SimpleQueue()  # its `put` may interrupt its `get`
         self._interrupt = False
         self._hurry: Callable[[], None] | None = None
 
@@ -44,7 +50,10 @@ class StopRequest:
 
     def wait(self, check: Callable[[], None]) -> None:
         """Block until the first signal, or until `check`, called every second, raises."""
-        while not self._requested.wait(1.0):
+        while not self._requested:
+            with contextlib.suppress(Empty):
+                self._woken.get(timeout=1.0)
+                continue
             # Ray replaces the signal handlers of the process that starts it.
             self.install()
             check()
@@ -54,10 +63,10 @@ class StopRequest:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        first = not self._requested.is_set()
-        self._requested.set()
+        first, self._requested = not self._requested, True
+        self._woken.put(None)
         if not first and self._hurry is not None:
-            self._hurry()
+            _thread.start_new_thread(self._hurry, ())
         if self._interrupt:
             self._interrupt = False  # once, so that the cleanup is not interrupted
             raise Stop()
