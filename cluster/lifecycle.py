@@ -97,7 +97,8 @@ class Cluster:
         self.stop()
 
     def hurry(self) -> None:
-        """Stop without waiting for requests. Safe to call from a signal handler."""
+        """Stop without waiting for requests. Safe to call from any thread, but from no signal's
+        handler, which may have interrupted the one that holds the lock."""
         self._hurry.set()
 
     def start(self) -> Endpoint:

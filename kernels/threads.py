@@ -5,8 +5,8 @@ They wait without using a CPU, unlike OpenMP's between two parallel regions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from itertools import pairwise
 
@@ -26,7 +26,19 @@ def in_parts(count: int, max_parts: int, work: Callable[[int, int], object]) -> 
     """
     parts = max(1, min(torch.get_num_threads(), max_parts, count))
     ends = [count * (part + 1) // parts for part in range(parts)]
-    others = [loop_threads().submit(work, first, end) for first, end in pairwise(ends)]
-    work(0, ends[0])
+    in_ranges([*pairwise((0, *ends))], work)
+
+
+def in_ranges(ranges: Sequence[tuple[int, int]], work: Callable[[int, int], object]) -> None:
+    """work(first, end) for each range, the first one in this thread.
+
+    It returns, and raises what one of them raised, when all have ended: loops have the addresses of
+    memory that callers may free then.
+    """
+    others = [loop_threads().submit(work, *each) for each in ranges[1:]]
+    try:
+        work(*ranges[0])
+    finally:
+        wait(others)
     for other in others:
         other.result()

@@ -104,6 +104,6 @@ def _why_not(
         measured = divergence_of(info, configured)
         if measured is None:
             return f"the divergence of its format {name} was not measured"
-        if measured > bound:
+        if not measured <= bound:  # NaN, too
             return f"its format {name} diverges by {measured:g} nats"
     return ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import pairwise
 from typing import Any
 
 import numba
@@ -30,7 +31,7 @@ from kvmesh.kernels.layer.op import FeedForward
 from kvmesh.kernels.linear.numba_linear import MIN_PRODUCTS_PER_THREAD
 from kvmesh.kernels.numba_cache import keep_on_disk
 from kvmesh.kernels.pointwise.numba_pointwise import check_slot
-from kvmesh.kernels.threads import loop_threads
+from kvmesh.kernels.threads import in_ranges
 
 # The loop's records of a layer: addresses of its two loops and of their weights.
 _LAYERS = np.dtype(
@@ -153,11 +154,7 @@ class LayerRun:
             elif code >= 0:
                 check_slot(code >> 1, hot.shape[1] * page_size)
 
-        parts = [*zip([0, *ends], ends, strict=False)]
-        others = [loop_threads().submit(work, *part) for part in parts[1:]]
-        work(*parts[0])
-        for other in others:
-            other.result()
+        in_ranges([*pairwise((0, *ends))], work)
         return True
 
     def _ends(self, plan: DecodePlan, batch: AttentionBatch, num_tokens: int) -> list[int] | None:

@@ -69,6 +69,9 @@ def test_what_a_group_measured_on_its_model_comes_before_other_models() -> None:
     measured = replace(status, reports={**status.reports, "int4": replace(report, info=info)})
     assert not refused(status, {}, max_kv_divergence_nats=1.0)
     assert refused(measured, {}, max_kv_divergence_nats=1.0) == {"int4"}
+    nothing = replace(report, info=replace(report.info, kv_divergence_nats=math.nan))
+    broken = replace(status, reports={**status.reports, "int4": nothing})
+    assert refused(broken, {}, max_kv_divergence_nats=1e9) == {"int4"}
     assert divergence_of(info, {}) == 1.34
     assert divergence_of(info, {"int4": 0.3, "k4v4": 0.1}) == 0.3, "the operator knows best"
     assert divergence_of(replace(info, kv_format="4"), {"int4": 0.3}) == 0.3, "LMDeploy's name"
