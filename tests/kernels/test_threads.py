@@ -24,18 +24,18 @@ def test_parts_make_up_the_whole(count: int, max_parts: int) -> None:
 
 def test_an_error_waits_for_the_other_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their loops still use the caller's memory."""
-    begins, goes_on, ended = threading.Event(), threading.Event(), threading.Event()
+    started, released, ended = threading.Event(), threading.Event(), threading.Event()
 
     def work(first: int, end: int) -> None:
         if first == 0:
-            assert begins.wait(PATIENCE_S)
+            assert started.wait(PATIENCE_S)
             raise ValueError("the first part")
-        begins.set()
-        assert goes_on.wait(PATIENCE_S)
+        started.set()
+        assert released.wait(PATIENCE_S)
         ended.set()
 
     def waiting(futures: list[Future[object]]) -> None:
-        goes_on.set()  # not before it is waited for
+        released.set()  # not before it is waited for
         wait(futures)
 
     monkeypatch.setattr(threads, "wait", waiting)
