@@ -73,7 +73,7 @@ class Rank:
         self._files: ModelFiles = (
             shared._files if shared else resolve_model(config.model, rope=config.rope)
         )
-        self._fmt = format_for(config.kv_format, self._files.path, self._device.type)
+        self._fmt = format_for(config.kv_format, self._files.path)
         if self._device.type == "cuda" and config.cuda_graphs is True and not self._fmt.has_kernels:
             raise ConfigError(
                 "cuda_graphs",

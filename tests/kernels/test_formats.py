@@ -429,18 +429,14 @@ def test_bad_arguments_are_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "values_in_keys", "device", "meant"),
+    ("name", "values_in_keys", "meant"),
     [
-        ("default", 0, "cuda", "k8v4"),
-        ("Default", 0, "cuda", "k8v4"),
-        ("default", 512, "cuda", "int8"),
-        ("default", 0, "cpu", "int8"),
-        ("default", 512, "cpu", "int8"),
-        ("42", 0, "cuda", "k4v2"),
+        ("default", 0, "k8v4"),
+        ("Default", 0, "k8v4"),
+        ("default", 512, "int8"),
+        ("42", 0, "k4v2"),
     ],
 )
-def test_a_name_means_a_format_of_the_model_on_the_device(
-    name: str, values_in_keys: int, device: str, meant: str
-) -> None:
-    fmt = format_of_name(name, values_in_keys, device)
+def test_a_name_means_a_format_of_the_model(name: str, values_in_keys: int, meant: str) -> None:
+    fmt = format_of_name(name, values_in_keys)
     assert (fmt.name, fmt.values_in_keys) == (meant, values_in_keys)
