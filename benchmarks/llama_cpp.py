@@ -77,6 +77,7 @@ class Row:
 def kvmesh_runs(threads: int) -> Run:
     config = EngineConfig(
         model=EMBEDDED_NAME,
+        kv_format="int8",
         max_num_seqs=MAX_STREAMS,
         threads_per_rank=threads,
         kv_probe="off",

@@ -176,7 +176,7 @@ def _best(
     """
     from kvmesh.cluster.planner.plan import plans_of, recommend
 
-    fmt = format_of_name(config.engine.kv_format, model.sizes.values_in_keys, "cuda")
+    fmt = format_of_name(config.engine.kv_format, model.sizes.values_in_keys)
     wanted = config.layout.sequences
     counts = [wanted] if wanted else [1 << n for n in range(found[0].total.bit_length())][::-1]
     for count in counts:

@@ -53,7 +53,7 @@ def _geometry(
         dtype = "bfloat16" if cuda else "float32"
     try:
         return geometry_of(
-            format_of_name(engine.kv_format, facts.values_in_keys, "cuda" if cuda else "cpu"),
+            format_of_name(engine.kv_format, facts.values_in_keys),
             KVShape.of(facts),
             page_size=engine.page_size,
             itemsize=_ITEMSIZES[dtype],

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from kvmesh.kernels.formats.base import KVFormat
-from kvmesh.kernels.formats.rotation import rotate, rotation_matrix
+from kvmesh.kernels.formats.rotation import Rotation
 from kvmesh.kernels.linear import fixed_linear
 
 
@@ -19,6 +19,7 @@ class Basis:
 
     values_rotated: whether the model's values are rotated, see `ServedModel`
     deterministic: a rotated vector has the same bits in any batch
+    values, values_back: of values to how they are stored, and of outputs; None for unchanged
     """
 
     def __init__(
@@ -32,42 +33,35 @@ class Basis:
         deterministic: bool = False,
     ) -> None:
         self._deterministic = deterministic
-        self._k = self._v = self._v_back = None
-        if fmt.k.rotated:
-            self._k = rotation_matrix(head_dim).to(device, dtype)
+        self._keys = Rotation.of(head_dim, dtype, device) if fmt.k.rotated else None
+        self.values = self.values_back = None
         # Unquantised values are as good in any basis.
         if fmt.v.width and fmt.v.rotated != values_rotated:
-            there = rotation_matrix(head_dim).to(device, dtype)
-            back = there.T.contiguous()
-            self._v, self._v_back = (back, there) if values_rotated else (there, back)
+            self.values = Rotation.of(head_dim, dtype, device, back=values_rotated)
+            self.values_back = Rotation.of(head_dim, dtype, device, back=not values_rotated)
 
     @property
     def keeps_keys(self) -> bool:
         """Whether keys are stored unchanged."""
-        return self._k is None
-
-    @property
-    def keeps_values(self) -> bool:
-        """Whether values are stored unchanged."""
-        return self._v is None
+        return self._keys is None
 
     def enter_values(self, v: torch.Tensor) -> torch.Tensor:
         """v: [tokens, num_kv_heads, head_dim]"""
-        return v if self._v is None else self._rotate(v, self._v)
+        return self._rotated(v, self.values)
 
     def enter(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q [tokens, num_heads, head_dim], k and v [tokens, num_kv_heads, head_dim]."""
-        if self._k is not None:
-            q, k = self._rotate(q, self._k), self._rotate(k, self._k)
-        return q, k, self.enter_values(v)
+        return self._rotated(q, self._keys), self._rotated(k, self._keys), self.enter_values(v)
 
     def leave(self, out: torch.Tensor) -> torch.Tensor:
         """out [tokens, num_heads, head_dim], in the basis of the values."""
-        return out if self._v_back is None else self._rotate(out, self._v_back)
+        return self._rotated(out, self.values_back)
 
-    def _rotate(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    def _rotated(self, x: torch.Tensor, rotation: Rotation | None) -> torch.Tensor:
+        if rotation is None:
+            return x
         if self._deterministic and x.is_cuda:
-            return fixed_linear(x, matrix)
-        return rotate(x, matrix, deterministic=self._deterministic)
+            return fixed_linear(x, rotation.matrix)
+        return rotation(x)

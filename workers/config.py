@@ -101,7 +101,7 @@ class EngineSettings(Settings):
     kv_format: FormatName = Field(
         default=DEFAULT,
         description=f"How sealed KV pages are encoded: {', '.join(format_names())}; default: "
-        "k8v4 on GPUs; int8 on CPUs, and for models with latent attention",
+        "k8v4, or int8 for models with latent attention",
     )
     calibration: str | None = Field(
         default=None,

@@ -343,9 +343,7 @@ def _info(
         epoch=uuid.uuid4().hex,
         model=rank.model,
         model_revision=rank.model_revision,
-        kv_format=format_of_name(
-            rank.kv_format or config.kv_format, rank.values_in_keys, rank.device
-        ).name,
+        kv_format=format_of_name(rank.kv_format or config.kv_format, rank.values_in_keys).name,
         dtype=rank.dtype,
         tp=config.tp,
         geometry=geometry,

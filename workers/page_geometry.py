@@ -40,15 +40,15 @@ class KVShape:
         )
 
 
-def format_for(kv_format: str, model: Path, device: str) -> KVFormat:
-    """The format of that name for the model in directory `model`, on a device: cuda or cpu.
+def format_for(kv_format: str, model: Path) -> KVFormat:
+    """The format of that name for the model in directory `model`.
 
     Raises ConfigError naming `kv_format` if it cannot store that model's pages.
     """
     file = model / "config.json"
     sizes = ModelSizes.of(standard_keys(read_json(file), file), file)
     try:
-        return format_of_name(kv_format, sizes.values_in_keys, device)
+        return format_of_name(kv_format, sizes.values_in_keys)
     except ValueError as error:
         raise ConfigError("kv_format", str(error)) from None
 

@@ -92,7 +92,7 @@ class Rank:
         self._files: ModelFiles = (
             shared._files if shared else resolve_model(config.model, rope=config.rope)
         )
-        self._fmt = format_for(config.kv_format, self._files.path, self._device.type)
+        self._fmt = format_for(config.kv_format, self._files.path)
         if self._device.type == "cuda":
             check_gpu(config, self._fmt, torch.cuda.get_device_capability(self._device))
         self._sink_pages = _default(config.sink_pages, self._fmt.sink_pages)

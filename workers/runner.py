@@ -10,8 +10,8 @@ import torch
 
 from kvmesh.kernels import gpu
 from kvmesh.kernels.attention import can_be_deterministic, sharers, warm_up, warm_up_far
+from kvmesh.kernels.cpu import has_loops
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, ModelParams
-from kvmesh.kernels.pointwise import has_loops
 from kvmesh.workers.basis import Basis
 from kvmesh.workers.decode_graphs import DecodeGraphs
 from kvmesh.workers.errors import ConfigError
@@ -325,7 +325,7 @@ class ModelRunner:
 
 def _entry(hot: torch.Tensor, basis: Basis) -> Entry:
     """How far layers may take what goes into these pages: fused operators write keys as they are
-    after RoPE, and those for CPUs values as they are projected."""
+    after RoPE, and those for CPUs also rotate values."""
     if not (fuses(hot) and basis.keeps_keys):
         return Entry.PLAIN
-    return Entry.WRITTEN if has_loops(hot) and basis.keeps_values else Entry.ROPE
+    return Entry.WRITTEN if has_loops(hot) else Entry.ROPE

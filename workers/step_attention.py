@@ -9,6 +9,7 @@ import torch
 from kvmesh.kernels import gpu
 from kvmesh.kernels.attention import paged_attention
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, ModelParams
+from kvmesh.kernels.formats.rotation import Rotation
 from kvmesh.kernels.layer import LayerRun
 from kvmesh.kernels.merge import merge_sinks
 from kvmesh.kernels.pointwise import rope_write
@@ -56,7 +57,7 @@ class StepAttention:
     def __call__(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, args: AttendArgs
     ) -> torch.Tensor:
-        hot, slots = self.target(layer)
+        hot, slots, _ = self.target(layer)
         basis = self._rank.basis
         if args.rope is not None:
             q = rope_write(q, k, basis.enter_values(v), *args.rope, hot, slots)
@@ -65,8 +66,8 @@ class StepAttention:
             write_hot(k, v, hot, slots)
         return self.read(layer, q, args)
 
-    def target(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._rank.pool.hot[layer], self._step.slots
+    def target(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, Rotation | None]:
+        return self._rank.pool.hot[layer], self._step.slots, self._rank.basis.values
 
     def read(self, layer: int, q: torch.Tensor, args: AttendArgs) -> torch.Tensor:
         rank, step = self._rank, self._step
@@ -109,7 +110,9 @@ class StepAttention:
         if not self._seals_last or rank.comm.kvp > 1 or gpu.runs_kernels(rank.pool.all_hot):
             return False
         pages = (rank.pool.all_hot, rank.pool.all_sealed)
-        return run(hidden, cos, sin, step.slots, *pages, step.batch, fmt=rank.fmt)
+        rotations = (rank.basis.values, rank.basis.values_back)
+        arguments = (hidden, cos, sin, step.slots, *pages, step.batch)
+        return run(*arguments, fmt=rank.fmt, rotations=rotations)
 
     def finish(self) -> None:
         """Seal what no layer has sealed."""

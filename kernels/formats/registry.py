@@ -20,10 +20,9 @@ from kvmesh.kernels.formats.exact.side import Exact
 from kvmesh.kernels.formats.fp8.side import Fp8
 
 DEFAULT = "default"
-# What `default` means on a device: the first of these that can store a model's pages. On GPUs that
-# of few bits which costs the model on which it is worst the least (docs/kv_formats.md); on CPUs
-# the fastest one, as there memory is cheap.
-DEFAULTS = {"cuda": ("k8v4", "int8"), "cpu": ("int8",)}
+# What `default` means: the first of these that can store a model's pages. It is that of few bits
+# which costs the model on which it is worst the least (docs/kv_formats.md).
+DEFAULTS = ("k8v4", "int8")
 
 
 def _channels(width: int) -> Side:
@@ -189,14 +188,14 @@ def format_of_model(fmt: KVFormat, values_in_keys: int) -> KVFormat:
     return replace(fmt, v=InKeys(channels=values_in_keys, values=True))
 
 
-def format_of_name(name: str | int, values_in_keys: int, device: str) -> KVFormat:
-    """The format that a name means for a model, see `format_of_model`. device: cuda or cpu
+def format_of_name(name: str | int, values_in_keys: int) -> KVFormat:
+    """The format that a name means for a model, see `format_of_model`.
 
     Raises ValueError for a name that is not known, or a format that cannot store the pages.
     """
     if str(name).strip().lower() != DEFAULT:
         return format_of_model(get_format(name), values_in_keys)
-    formats = [get_format(each) for each in DEFAULTS[device]]
+    formats = [get_format(each) for each in DEFAULTS]
     possible = [fmt for fmt in formats if fmt.treats_sides_alike or not values_in_keys]
     return format_of_model(possible[0], values_in_keys)
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from kvmesh.kernels.addresses_numba import Record
+from kvmesh.kernels.formats.rotation import Rotation
 from kvmesh.kernels.layer import numba_attention_input, reference
 from kvmesh.kernels.linear import PackedWeight
 from kvmesh.kernels.linear.packed import BLOCK
@@ -15,7 +16,8 @@ from kvmesh.kernels.linear.packed import BLOCK
 
 @dataclass(frozen=True, slots=True)
 class AttentionInput:
-    """A layer up to its attention: a norm, one projection, RoPE on halves, keys and values written.
+    """A layer up to its attention: a norm, one projection, RoPE on halves, values rotated if the
+    format has them so, keys and values written.
 
     Like `FeedForward`, one call in place of operators that take longer to call than to compute.
 
@@ -63,6 +65,7 @@ class AttentionInput:
         sin: Tensor,
         hot: Tensor,
         slots: Tensor,
+        rotation: Rotation | None = None,
         *,
         backend: str = "numba",
     ) -> Tensor:
@@ -70,12 +73,13 @@ class AttentionInput:
 
         x: [T, hidden] fp32 on the CPU; cos, sin: [T, head_dim], with two equal halves; contiguous
         hot, slots: as in `write_hot`; hot is fp32
+        rotation: of values before they are written
         Returns [T, num_heads, head_dim]. A token's result has the same bits in any batch.
         """
         self.check(x, cos, sin, slots)
         if backend == "reference":
-            return reference.attention_input(self, x, cos, sin, hot, slots)
-        return numba_attention_input.attention_input(self, x, cos, sin, hot, slots)
+            return reference.attention_input(self, x, cos, sin, hot, slots, rotation)
+        return numba_attention_input.attention_input(self, x, cos, sin, hot, slots, rotation)
 
     def check(self, x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor) -> None:
         """Raises ValueError naming the argument."""

@@ -12,6 +12,8 @@ from numba.np.numpy_support import carray
 from torch import Tensor
 
 from kvmesh.kernels.addresses_numba import Record, address_of, pointer, record_of
+from kvmesh.kernels.formats.rotation import Rotation
+from kvmesh.kernels.formats.rotation_numba import factors_address, rotate_loop
 from kvmesh.kernels.layer import reference
 from kvmesh.kernels.layer.numba_layer import MIN_PRODUCTS_BY_ROWS, TOKENS, codes_and_scales
 from kvmesh.kernels.linear.numba_linear import MIN_PRODUCTS_PER_THREAD, product_loop
@@ -39,16 +41,22 @@ _WEIGHTS = np.dtype(
     ]
 )
 _weights_at = pointer(_WEIGHTS)
-ATTENTION_INPUT_ARGUMENTS = 12
+ATTENTION_INPUT_ARGUMENTS = 13
 
 
 def attention_input(
-    layer: AttentionInput, x: Tensor, cos: Tensor, sin: Tensor, hot: Tensor, slots: Tensor
+    layer: AttentionInput,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    hot: Tensor,
+    slots: Tensor,
+    rotation: Rotation | None,
 ) -> Tensor:
     num_tokens, products = x.shape[0], layer.products
     if num_tokens < torch.get_num_threads() and products >= MIN_PRODUCTS_BY_ROWS:
         # Too few tokens for all threads, but not too few rows; the bits are the same.
-        return reference.attention_input(layer, x, cos, sin, hot, slots, backend="numba")
+        return reference.attention_input(layer, x, cos, sin, hot, slots, rotation, backend="numba")
     page_size = hot.shape[3]
     num_slots = hot.shape[0] * page_size
     out = torch.empty((num_tokens, layer.num_heads, layer.head_dim), dtype=x.dtype)
@@ -59,7 +67,8 @@ def attention_input(
     def work(first: int, end: int) -> None:
         numbers = min(TOKENS, end - first) * scratch_numbers(layer)
         scratch = torch.empty(numbers, dtype=torch.float32)
-        slot = loop(*addresses, page_size, num_slots, scratch.data_ptr(), first, end)
+        values = factors_address(rotation)
+        slot = loop(*addresses, page_size, num_slots, values, scratch.data_ptr(), first, end)
         check_slot(slot, num_slots)
 
     in_parts(num_tokens, num_tokens * products // MIN_PRODUCTS_PER_THREAD, work)
@@ -88,8 +97,9 @@ def scratch_numbers(layer: AttentionInput) -> int:
 
 
 def attention_input_loop(layer: AttentionInput) -> Any:
-    """(addresses of its record, x, cos, sin, hot, slots and out, page_size, slots of hot, address
-    of scratch, first, end): of tokens [first, end); returns what `rope_write_loop` does
+    """(addresses of its record, x, cos, sin, hot, slots and out, page_size, slots of hot, addresses
+    of values' factors, or 0, and of scratch, first, end): of tokens [first, end); returns what
+    `rope_write_loop` does
 
     scratch: `scratch_numbers` for each of up to TOKENS tokens
     """
@@ -98,13 +108,12 @@ def attention_input_loop(layer: AttentionInput) -> Any:
 
 @cache
 def _loop(codes_dtype: torch.dtype) -> Any:
-    product, normed, add, rope_write = (
-        *(product_loop(codes_dtype), norm_loop(), add_loop(), rope_write_loop()),
-    )
+    product, normed, add = product_loop(codes_dtype), norm_loop(), add_loop()
+    rope_write, rotate = rope_write_loop(), rotate_loop()
 
     @numba.njit(nogil=True)
     def attention_input(  # type: ignore[no-untyped-def]
-        record, x, cos, sin, hot, slots, out, page_size, num_slots, scratch, first, end
+        record, x, cos, sin, hot, slots, out, page_size, num_slots, factors, scratch, first, end
     ):
         weights = carray(_weights_at(record), 1)[0]
         qkv, bias, hidden = weights.qkv, weights.bias, weights.hidden
@@ -121,6 +130,9 @@ def _loop(codes_dtype: torch.dtype) -> Any:
             if bias != 0:
                 for token in range(count):
                     add(bias, q + 4 * token * width, width)
+            if factors != 0:
+                for token in range(count):
+                    rotate(v + 4 * token * width, kv_heads, head_dim, factors)
             at, rows = start * head, (width, width, width)
             slot = rope_write(
                 *(q, k, v, cos + at, sin + at, hot, slots + 8 * start, out + at * heads),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from kvmesh.kernels import linear, pointwise
+from kvmesh.kernels.formats.rotation import Rotation
 from kvmesh.kernels.linear import PackedWeight
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ def attention_input(
     sin: Tensor,
     hot: Tensor,
     slots: Tensor,
+    rotation: Rotation | None = None,
     *,
     backend: str = "reference",
 ) -> Tensor:
@@ -29,6 +31,8 @@ def attention_input(
     qkv = linear.linear(x, layer.qkv, layer.bias, backend=backend)
     counts = (layer.num_heads, layer.num_kv_heads, layer.num_kv_heads)
     q, k, v = qkv.view(len(qkv), sum(counts), layer.head_dim).split(counts, dim=1)
+    if rotation is not None:
+        v = v @ rotation.matrix.T if backend == "reference" else rotation(v)
     return pointwise.rope_write(q, k, v, cos, sin, hot, slots, backend=backend)
 
 

@@ -24,6 +24,8 @@ from kvmesh.kernels.attention.numba_attention import (
 from kvmesh.kernels.attention.numba_loop import decode_loop
 from kvmesh.kernels.attention.numba_records import PAGES, pages_record
 from kvmesh.kernels.formats.base import KVFormat
+from kvmesh.kernels.formats.rotation import Rotation
+from kvmesh.kernels.formats.rotation_numba import factors_address, rotate_loop
 from kvmesh.kernels.layer import numba_attention_input, numba_layer
 from kvmesh.kernels.layer.attention_input import AttentionInput
 from kvmesh.kernels.layer.numba_layer import MIN_PRODUCTS_BY_ROWS, TOKENS
@@ -107,6 +109,7 @@ class LayerRun:
         batch: AttentionBatch,
         *,
         fmt: KVFormat,
+        rotations: tuple[Rotation | None, Rotation | None] = (None, None),
     ) -> bool:
         """Take x through the layers, in place. False, and nothing has changed, for steps that are
         better taken layer by layer: with other than decoding tokens, or where one call for each of
@@ -114,6 +117,7 @@ class LayerRun:
 
         x, cos, sin, slots: as in `AttentionInput`
         hot, sealed: pages of all layers, [layers, …] of what `paged_attention` takes
+        rotations: of values before they are written, and of attention's output
         """
         num_tokens, (num_heads, num_kv_heads) = x.shape[0], self._heads
         page_size, head_dim = hot.shape[4:]
@@ -135,7 +139,8 @@ class LayerRun:
             *(address_of(self._records), address_of(pages), len(pages)),
             *(loop.entry, address_of(plan.sequences)),
             *(tensor.data_ptr() for tensor in (x, cos, sin, slots, q, out, lse)),
-            *(num_tokens, page_size),
+            *(num_tokens, page_size, head_dim),
+            *map(factors_address, rotations),
         )
         attention_bytes = loop.scratch_bytes(plan.largest_group * (num_heads // num_kv_heads))
         run = _loop()
@@ -210,13 +215,15 @@ class LayerRun:
 @cache
 def _loop() -> Any:
     """(addresses of _LAYERS and PAGES, layers, address of attention's loop and of its SEQUENCES,
-    of x, cos, sin, slots, q, out and lse, num_tokens, page_size, address of units, their number,
-    addresses of attention's scratch and of the others', first, end): of tokens [first, end).
+    of x, cos, sin, slots, q, out and lse, num_tokens, page_size, head_dim, addresses of factors of
+    values and of attention's output, or 0, of units, their number, addresses of attention's scratch
+    and of the others', first, end): of tokens [first, end).
 
     Returns -1; or twice a slot that hot does not have; or twice the code of a missing page, plus 1.
     """
     pages_bytes = PAGES.itemsize
     pages_at = pointer(PAGES)
+    rotate = rotate_loop()
 
     @numba.njit(nogil=True)
     def run(  # type: ignore[no-untyped-def]
@@ -234,6 +241,9 @@ def _loop() -> Any:
         lse,
         num_tokens,
         page_size,
+        head_dim,
+        values_factors,
+        out_factors,
         units,
         num_units,
         attending,
@@ -249,7 +259,7 @@ def _loop() -> Any:
             layer, its = records[index], page_records[index]
             written = (layer.before_record, x, cos, sin, its.hot, slots, q, page_size)
             num_slots = its.num_hot * page_size
-            slot = call(layer.before, (*written, num_slots, scratch, first, end))
+            slot = call(layer.before, (*written, num_slots, values_factors, scratch, first, end))
             if slot >= 0:
                 return 2 * slot
             there = pages + index * pages_bytes
@@ -257,9 +267,12 @@ def _loop() -> Any:
             missing = call(attend, (sequences, there, *work))
             if missing >= 0:
                 return 2 * missing + 1
+            if out_factors != 0:
+                heads = first * its.num_heads, (end - first) * its.num_heads
+                rotate(out + 4 * heads[0] * head_dim, heads[1], head_dim, out_factors)
             call(layer.after, (layer.after_record, out, x, scratch, first, end))
         return -1
 
     keep_on_disk(run, "layers")
-    run.compile((numba.int64,) * 20)
+    run.compile((numba.int64,) * 23)
     return run

@@ -7,6 +7,7 @@ from types import ModuleType
 import torch
 
 from kvmesh.kernels import gpu
+from kvmesh.kernels.cpu import has_loops
 from kvmesh.kernels.pointwise import reference
 
 
@@ -74,11 +75,6 @@ def rope_write(
     return _implementation(q, backend).rope_write(  # type: ignore[no-any-return]
         q, k, v, cos, sin, hot, slots
     )
-
-
-def has_loops(x: torch.Tensor) -> bool:
-    """Whether there are compiled loops for tensors like x: fp32 on CPUs, without gradients."""
-    return x.dtype == torch.float32 and x.device.type == "cpu" and not x.requires_grad
 
 
 def _implementation(x: torch.Tensor, backend: str | None) -> ModuleType:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kvmesh.kernels.formats.rotation import Rotation
 from kvmesh.kernels.layer import AttentionInput, FeedForward
 from kvmesh.kernels.linear import pack
 
@@ -106,14 +107,19 @@ def tokens_of(count: int) -> tuple[torch.Tensor, ...]:
     return x, angles.cos(), angles.sin(), hot, slots
 
 
-@pytest.mark.parametrize("bias", [False, True])
+ROTATION = Rotation.of(DIM, torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("bias", "rotation"), [(False, None), (True, None), (True, ROTATION)])
 @pytest.mark.parametrize("count", [0, 1, 5, 70])
-def test_attention_input_is_the_operators_one_after_the_other(count: int, bias: bool) -> None:
+def test_attention_input_is_the_operators_one_after_the_other(
+    count: int, bias: bool, rotation: Rotation | None
+) -> None:
     made = attention_input(bias=bias)
     x, cos, sin, hot, slots = tokens_of(count)
     want_hot = hot.clone()
-    want = made(x, cos, sin, want_hot, slots, backend="reference")
-    found = made(x, cos, sin, hot, slots)
+    want = made(x, cos, sin, want_hot, slots, rotation, backend="reference")
+    found = made(x, cos, sin, hot, slots, rotation)
     torch.testing.assert_close(found, want, atol=3e-6, rtol=3e-6)
     torch.testing.assert_close(hot, want_hot, atol=3e-6, rtol=3e-6)
     assert hot.any() or count < 2
@@ -129,11 +135,11 @@ def test_attention_input_of_a_token_has_the_same_bits_in_any_batch(
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     made = attention_input(bias=True)
     x, cos, sin, hot, slots = tokens_of(70)
-    whole = made(x, cos, sin, hot, slots)
+    whole = made(x, cos, sin, hot, slots, ROTATION)
     again = torch.zeros_like(hot)
     for first, end in ((0, 1), (1, 9), (9, 70)):
         part = slice(first, end)
-        found = made(x[part], cos[part], sin[part], again, slots[part])
+        found = made(x[part], cos[part], sin[part], again, slots[part], ROTATION)
         assert found.equal(whole[part])
     assert again.equal(hot)
 

@@ -9,14 +9,16 @@ import pytest
 import torch
 
 from kvmesh.kernels.attention import numba_attention, paged_attention
+from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.kernels.formats.registry import get_format
+from kvmesh.kernels.formats.rotation import Rotation
 from kvmesh.kernels.layer import AttentionInput, FeedForward, LayerRun, RunLayer, run
 from kvmesh.kernels.linear import PackedWeight, WeightFormat, pack
 from tests.kernels.cases import Case, Shape, make_case, with_prefixes
 
 HIDDEN, WIDTH, LAYERS = 64, 96, 3
 SHAPE = Shape(num_heads=6, num_kv_heads=2, head_dim=64, page_size=64, recent_pages=1)
-FORMAT = get_format("int8")
+FORMAT, ROTATED = get_format("int8"), get_format("k4v4")
 LENGTHS = [500, 70, 300, 1, 65]
 
 
@@ -61,6 +63,17 @@ class Step:
     slots: torch.Tensor
     hot: torch.Tensor
     sealed: torch.Tensor
+    fmt: KVFormat
+
+    @property
+    def rotations(self) -> tuple[Rotation | None, Rotation | None]:
+        if not self.fmt.v.rotated:
+            return None, None
+        there, back = (
+            Rotation.of(SHAPE.head_dim, torch.float32, torch.device("cpu"), back=back)
+            for back in (False, True)
+        )
+        return there, back
 
     def copy(self) -> Step:
         return replace(self, x=self.x.clone(), hot=self.hot.clone())
@@ -68,30 +81,32 @@ class Step:
     def through(self, layer_run: LayerRun) -> bool:
         pages = (self.hot, self.sealed)
         arguments = (self.x, self.cos, self.sin, self.slots, *pages, self.case.batch)
-        return layer_run(*arguments, fmt=FORMAT)
+        return layer_run(*arguments, fmt=self.fmt, rotations=self.rotations)
 
     def one_by_one(self) -> None:
+        there, back = self.rotations
         for layer in layers():
             hot = self.hot[layer.index]
-            q = layer.before(self.x, self.cos, self.sin, hot, self.slots)
+            q = layer.before(self.x, self.cos, self.sin, hot, self.slots, there)
             out, _ = paged_attention(
                 q,
                 hot,
                 self.sealed[layer.index],
                 self.case.batch,
-                fmt=FORMAT,
+                fmt=self.fmt,
                 scale=layer.scale,
                 softcap=layer.softcap,
                 sliding_window=layer.sliding_window,
                 backend="numba",
             )
+            out = out if back is None else back(out)
             layer.after(out.flatten(1), self.x)
 
     def changed_as(self, other: Step) -> bool:
         return self.x.equal(other.x) and self.hot.nan_to_num(7.0).equal(other.hot.nan_to_num(7.0))
 
 
-def step_of(case: Case) -> Step:
+def step_of(case: Case, fmt: KVFormat = FORMAT) -> Step:
     batch, size = case.batch, SHAPE.page_size
     generator = torch.Generator().manual_seed(2)
     last = torch.repeat_interleave(batch.seq_lens, batch.query_starts.diff()) - 1
@@ -101,11 +116,11 @@ def step_of(case: Case) -> Step:
     hot = torch.stack([case.hot + index for index in range(LAYERS)])
     sealed = torch.stack([case.sealed] * LAYERS)
     x = torch.randn(len(slots), HIDDEN, generator=generator)
-    return Step(case, x, angles.cos(), angles.sin(), slots, hot, sealed)
+    return Step(case, x, angles.cos(), angles.sin(), slots, hot, sealed, fmt)
 
 
-def decoding(lengths: list[int]) -> Case:
-    return make_case(FORMAT, SHAPE, [(length, 1) for length in lengths])
+def decoding(lengths: list[int], fmt: KVFormat = FORMAT) -> Case:
+    return make_case(fmt, SHAPE, [(length, 1) for length in lengths])
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -116,15 +131,17 @@ def test_it_has_the_bits_of_layers_one_by_one(
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(run, "MIN_PRODUCTS_PER_THREAD", 1)
     monkeypatch.setattr(run, "MAX_IMBALANCE", math.inf)
-    found = step_of(decoding(lengths))
-    want = found.copy()
-    want.one_by_one()
-    assert found.through(LayerRun(layers()))
-    assert found.changed_as(want)
+    for fmt in (FORMAT, ROTATED):
+        found = step_of(decoding(lengths, fmt), fmt)
+        want = found.copy()
+        want.one_by_one()
+        assert found.through(LayerRun(layers()))
+        assert found.changed_as(want)
 
 
-def test_a_token_has_the_same_bits_in_any_batch() -> None:
-    whole = step_of(decoding(LENGTHS))
+@pytest.mark.parametrize("fmt", [FORMAT, ROTATED], ids=lambda fmt: fmt.name)
+def test_a_token_has_the_same_bits_in_any_batch(fmt: KVFormat) -> None:
+    whole = step_of(decoding(LENGTHS, fmt), fmt)
     x, batch = whole.x.clone(), whole.case.batch
     assert whole.through(LayerRun(layers()))
     for seq in range(len(LENGTHS)):

@@ -107,10 +107,11 @@ def layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="on CPUs alone")
+@pytest.mark.parametrize("kv_format", ["exact", "k4v4"])
 def test_layers_in_one_call_have_the_bits_of_one_after_the_other(
-    model: ServedModel, monkeypatch: pytest.MonkeyPatch
+    kv_format: str, model: ServedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fmt, calls = get_format("exact"), []
+    fmt, calls = get_format(kv_format), []
     steps, made = plans(fmt, batch=2, steps=3)
     taken = LayerRun.__call__
 

@@ -58,7 +58,7 @@ def calibrate(
     if context < 2 * exact_tokens + 2:
         raise ConfigError("context", f"must be at least {2 * exact_tokens + 2}, got {context}")
     files = resolve_model(model, progress=report, root=root)
-    format_for(kv_format, files.path, _device(device).type)
+    format_for(kv_format, files.path)
     report("reading the text", None)
     windows = windows_of(text, Tokenizer.load(files.path), samples, context)
     place = _device(device)

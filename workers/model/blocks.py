@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvmesh.kernels import gpu
+from kvmesh.kernels.cpu import has_loops
 from kvmesh.kernels.layer import AttentionInput, FeedForward, RunLayer
 from kvmesh.kernels.linear import PackedWeight
-from kvmesh.kernels.pointwise import add_rms_norm, has_loops, rms_norm, silu_mul
+from kvmesh.kernels.pointwise import add_rms_norm, rms_norm, silu_mul
 from kvmesh.kernels.pointwise.reference import rotate
 from kvmesh.workers.model.gated_attention import GatedAttention
 from kvmesh.workers.model.hook import AttendArgs, AttendSlot, Entry, WrittenAttend

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from kvmesh.kernels.formats.rotation import Rotation
 from kvmesh.kernels.layer import LayerRun
 from kvmesh.workers.model.recurrent_state import StepStates
 
@@ -57,8 +58,8 @@ class WrittenAttend(Protocol):
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, args: AttendArgs, /
     ) -> Tensor: ...
 
-    def target(self, layer: int) -> tuple[Tensor, Tensor]:
-        """hot and slots, as in `write_hot`"""
+    def target(self, layer: int) -> tuple[Tensor, Tensor, Rotation | None]:
+        """hot and slots, as in `write_hot`, and how values are rotated before"""
         ...
 
     def read(self, layer: int, q: Tensor, args: AttendArgs) -> Tensor:

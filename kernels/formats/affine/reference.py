@@ -35,6 +35,7 @@ from collections.abc import Callable
 
 import torch
 
+from kvmesh.kernels.cpu import has_loops
 from kvmesh.kernels.formats.affine.side import OFFSET_BYTES, Affine
 from kvmesh.kernels.formats.base import Params
 from kvmesh.kernels.formats.packing import (
@@ -133,7 +134,22 @@ def _fit_least_squares(half: torch.Tensor, side: Affine) -> Grid:
     """With x in steps, t = a q + b + error: alternates between the codes q and the line a, b."""
     levels = 2.0**side.width - 1
     steps, mean, half_min, half_step = in_steps(half, levels)
-    a = torch.full_like(mean, FIRST_SHARE.get(side.width, 1.0))
+    a, q_mean = _line(steps, mean, levels, FIRST_SHARE.get(side.width, 1.0))
+    scale = stored_scale(half_step * a.squeeze(-1) * 2.0, side)
+    # Refit the offset so that the line through the means holds with the stored scale.
+    b = mean - (scale * 0.5 / half_step).unsqueeze(-1) * q_mean
+    return stored_offset(half_min, half_step, b.squeeze(-1)), scale
+
+
+def _line(
+    steps: torch.Tensor, mean: torch.Tensor, levels: float, first_share: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The line's slope a, and the mean of the codes: like `mean`, as in `in_steps`."""
+    if has_loops(steps):
+        from kvmesh.kernels.formats.affine.numba import line
+
+        return line(steps, mean, levels, first_share, FIT_ROUNDS)
+    a = torch.full_like(mean, first_share)
     b = (0.5 * levels) * (1.0 - a)
     for _ in range(FIT_ROUNDS):
         q = steps.sub(b).div_(a).add_(0.5).floor_().clamp_(0.0, levels)
@@ -144,10 +160,7 @@ def _fit_least_squares(half: torch.Tensor, side: Affine) -> Grid:
         slope = (q * (steps - mean)).sum(-1, keepdim=True) / spread.clamp_min(1e-9)
         a = torch.where(spread > 1e-9, slope.clamp_min(1e-3), a)
         b = mean - a * q_mean
-    scale = stored_scale(half_step * a.squeeze(-1) * 2.0, side)
-    # Refit the offset so that the line through the means holds with the stored scale.
-    b = mean - (scale * 0.5 / half_step).unsqueeze(-1) * q_mean
-    return stored_offset(half_min, half_step, b.squeeze(-1)), scale
+    return a, q_mean
 
 
 def in_steps(

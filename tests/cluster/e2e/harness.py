@@ -37,6 +37,7 @@ START_ATTEMPTS = 3
 # Small pages and a small pool: four sequences at once, of about 800 tokens at most.
 KV_LAYER_BYTES = 560 << 10
 SMALL_ENGINE: Mapping[str, Any] = {
+    "kv_format": "int8",  # without exact windows, of which four sequences would fill the pool
     "tp": 1,
     "threads_per_rank": 1,
     "page_size": PAGE_TOKENS,
