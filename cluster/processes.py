@@ -71,12 +71,14 @@ def settle(collect_s: float = FULL_COLLECTION_S) -> None:
     What it has made so far stays, and the garbage collector no longer walks it, which takes it a
     tenth of a second. All that is made later it walks at regular times, and not whenever many
     requests have come: with hundreds of streams that takes tens of milliseconds, in which no
-    stream continues, and finds little, as requests leave no cycles behind.
+    stream continues, and finds little, as requests leave no cycles behind. What the start took and
+    freed, up to 30 MB for a tokenizer, is given back.
 
     collect_s: between two full collections
     """
     gc.collect()
     gc.freeze()
+    return_memory()
     young, middle, _ = gc.get_threshold()
     gc.set_threshold(young, middle, _NEVER)
     loop = asyncio.get_running_loop()

@@ -1,0 +1,177 @@
+"""What a running service takes: `kvmesh serve`, by process.
+
+    python -m benchmarks.service_memory [--rounds N] [--json FILE] [-- OPTION …]
+
+Each round starts the service, waits until it is ready, makes a few requests, looks at its
+processes, and stops it again. Reported are medians over the rounds, by kind of process:
+
+  PSS     its memory, with a share of what it has in common with others
+  USS     what would be free without it
+  CPU s   of all processes from the start to ready, also of those that have ended
+
+OPTION: more of `kvmesh serve`, such as --model or --set engine.tp=2
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import re
+import statistics
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.control_plane.__main__ import HERE, commit_of, conditions
+from benchmarks.control_plane.processes import kind_of
+from kvmesh.client import Client, Message
+
+RESULTS = HERE / "benchmarks" / "results" / "service_memory.json"
+MIB = 1 << 20
+COMMAND_LINE = "command line"
+# Of the rest, by the titles of processes or by their command lines.
+_PARTS_OF_RAY = (
+    ("Serve's controller", re.compile(r"ray::ServeController\b")),
+    ("Serve's proxies", re.compile(r"ray::(ProxyActor|HAProxyManager)\b")),
+    ("idle workers", re.compile(r"ray::IDLE")),
+    ("GCS", re.compile(r"/gcs_server ")),
+    ("raylet", re.compile(r"/raylet ")),
+    ("Ray's agents", re.compile(r"DashboardAgent|RuntimeEnvAgent|/agent/main\.py|/agent\.py")),
+    ("Ray's dashboard", re.compile(r"/dashboard\.py|dashboard")),
+    ("Ray's monitors", re.compile(r"monitor\.py")),
+    ("chat templates", re.compile(r"template_process")),
+)
+
+console = Console(stderr=True)
+
+
+def part_of(title: str) -> str:
+    """What a process of the service is, by its title or its command line."""
+    kind = kind_of(title)
+    if kind != "rest":
+        return kind
+    return next((name for name, pattern in _PARTS_OF_RAY if pattern.search(title)), "others")
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """Bytes by kind of process, how many there are of each, and the CPU time of the start."""
+
+    pss: Counter[str]
+    uss: Counter[str]
+    processes: Counter[str]
+    start_cpu_s: float
+
+
+def measure(options: Sequence[str]) -> Round:
+    """One start of the service, with requests."""
+    with running(options) as (service, target):
+        start_cpu_s = cpu_s(service)
+        with Client(target) as client:
+            client.generate("Once upon a time", max_tokens=64, ignore_eos=True)
+            client.generate(["The sea at night is", "The capital of France is"], max_tokens=16)
+            client.chat([Message("user", "Why is the sky blue?")], max_tokens=32)
+        found = Round(Counter(), Counter(), Counter(), start_cpu_s)
+        for process in (service, *service.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                memory = process.memory_full_info()
+                title = " ".join(process.cmdline())
+                part = COMMAND_LINE if process == service else part_of(title)
+                found.pss[part] += memory.pss
+                found.uss[part] += memory.uss
+                found.processes[part] += 1
+        return found
+
+
+@contextlib.contextmanager
+def running(options: Sequence[str]) -> Iterator[tuple[psutil.Process, str]]:
+    """A service that is ready, on free ports and without keys, and where it listens."""
+    command = [sys.executable, "-c", "from kvmesh.cluster.cli import main; main()", "serve"]
+    command += ["--port", "0", "--http-port", "0", "--auth", "none", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as service:
+        try:
+            assert service.stdout is not None
+            line = service.stdout.readline()
+            if not line.startswith("ready at "):
+                raise SystemExit(f"the service did not start; it said {line!r}")
+            yield psutil.Process(service.pid), line.split()[2]
+        finally:
+            service.terminate()
+
+
+def cpu_s(service: psutil.Process) -> float:
+    """CPU seconds of its processes, and of their children that have ended."""
+    total = 0.0
+    for process in (service, *service.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            total += sum(process.cpu_times()[:4])
+    return total
+
+
+def summary(rounds: Sequence[Round]) -> dict[str, Any]:
+    """Medians, in MiB; kinds of process with the most memory first."""
+
+    def median(of: str, part: str) -> float:
+        return round(statistics.median(getattr(each, of)[part] for each in rounds) / MIB, 1)
+
+    parts = dict.fromkeys(part for each in rounds for part in each.pss)
+    by_part = {
+        part: {
+            "pss_mib": median("pss", part),
+            "uss_mib": median("uss", part),
+            "processes": max(each.processes[part] for each in rounds),
+        }
+        for part in parts
+    }
+    totals = [each.pss.total() / MIB for each in rounds]
+    return {
+        "pss_mib": round(statistics.median(totals), 1),
+        "pss_mib_of_rounds": [round(total, 1) for total in totals],
+        "start_cpu_s": round(statistics.median(each.start_cpu_s for each in rounds), 2),
+        "parts": dict(sorted(by_part.items(), key=lambda item: -item[1]["pss_mib"])),
+    }
+
+
+def table_of(found: dict[str, Any]) -> Table:
+    table = Table(title="memory of kvmesh serve, MiB")
+    table.add_column("")
+    for name in ("processes", "PSS", "USS"):
+        table.add_column(name, justify="right")
+    for part, row in found["parts"].items():
+        figures = (f"{row[name]:.0f}" for name in ("processes", "pss_mib", "uss_mib"))
+        table.add_row(part, *figures)
+    table.add_section()
+    table.add_row("all", "", f"{found['pss_mib']:.0f}", "")
+    table.caption = f"{found['start_cpu_s']:.1f} s of CPU from the start to ready"
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, help=f"such as {RESULTS.relative_to(HERE)}")
+    parser.add_argument("options", nargs="*", help="of kvmesh serve")
+    arguments = parser.parse_args()
+    rounds = []
+    for number in range(arguments.rounds):
+        console.log(f"round {number + 1} of {arguments.rounds}")
+        rounds.append(measure(arguments.options))
+    found = {**conditions(), "commit": commit_of(HERE), **summary(rounds)}
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    Console().print(table_of(found))
+
+
+if __name__ == "__main__":
+    main()
