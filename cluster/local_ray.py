@@ -73,7 +73,7 @@ class LocalRay:
         return next((name for name, x in self._processes.items() if is_dead(x)), None)
 
     def stop(self) -> None:
-        """End Ray, part by part: nothing of it may be dead."""
+        """End Ray's own processes in the order that it does itself. None may be dead already."""
         if self._node is not None:
             self._node.kill_all_processes(check_alive=False, allow_graceful=True)
             self._node = None

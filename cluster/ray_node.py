@@ -10,25 +10,27 @@ from kvmesh.cluster.resources import logical_cpus
 
 
 def start_node(config: ClusterConfig, directory: Path) -> Any:
-    """Start a cluster of Ray with this node alone, and return its Node, which ends it.
+    """Start a Ray cluster that is this node alone. Returns Ray's Node, which ends it again.
 
-    As `ray.init` does, but without `ray.dashboard` not with three processes that nothing uses then,
-    each of which takes 80 MB and a second of CPU to start: of the dashboard there would be what
-    reports usage statistics, of the autoscaler what has no nodes to add, and of the logs what
-    copies them to this process. `ray start` has options to leave out two of these.
+    As `ray.init` does, except for what serves nobody without `ray.dashboard`, and would take 170 MB
+    and seconds of CPU at the start: the dashboard's process, of which only the reporter of usage
+    statistics is left; the autoscaler's monitor, on a cluster that no node can join; and the log
+    monitor, which copies logs to drivers that want them. `ray start` can leave out the last two.
 
     directory: for its files
     Raises what Ray does when it does not start.
     """
     # Late, because Ray reads the environment when it is imported.
+    from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
     from ray._private.node import Node
     from ray._private.parameter import RayParams
 
-    class LocalNode(Node):  # type: ignore[misc]  # it has no annotations
+    class LocalNode(Node):
         def start_api_server(self, **options: Any) -> None:
             if config.ray.dashboard:
                 super().start_api_server(**options)
 
+    ensure_token_if_auth_enabled(create_token_if_missing=False)
     params = RayParams(
         num_cpus=logical_cpus(config),
         object_store_memory=config.ray.object_store_bytes,

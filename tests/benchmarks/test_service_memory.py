@@ -1,0 +1,48 @@
+"""The benchmark of a service's memory, without a service."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from benchmarks.service_memory import MIB, Round, part_of, summary
+
+
+@pytest.mark.parametrize(
+    ("title", "part"),
+    [
+        ("ray::ServeReplica:kvmesh:engine-0", "leader"),
+        ("ray::RankActor.run", "rank"),
+        ("ray::HAProxyManager", "Serve's proxies"),
+        ("ray::ServeController.listen_for_change", "Serve's controller"),
+        ("ray::IDLE", "idle workers"),
+        ("/lib/ray/core/src/ray/gcs/gcs_server --log_dir=/tmp/dashboard", "GCS"),
+        ("/lib/ray/core/src/ray/raylet/raylet --agent=/lib/ray/dashboard/agent.py", "raylet"),
+        ("ray::DashboardAgent", "Ray's agents"),
+        ("python /lib/ray/dashboard/dashboard.py --host=127.0.0.1", "Ray's dashboard"),
+        ("python -u /lib/ray/_private/log_monitor.py --session-dir=/tmp", "Ray's monitors"),
+        ("python -c from kvmesh.workers.model.template_process import main", "chat templates"),
+        ("sh -c true", "others"),
+    ],
+)
+def test_parts_are_recognised_by_their_titles(title: str, part: str) -> None:
+    assert part_of(title) == part
+
+
+def test_the_summary_has_medians_and_the_largest_part_first() -> None:
+    rounds = [
+        Round(
+            pss=Counter(router=100 * MIB, rank=rank * MIB),
+            uss=Counter(router=80 * MIB, rank=rank * MIB),
+            processes=Counter(router=1, rank=2),
+            start_cpu_s=start_cpu_s,
+        )
+        for rank, start_cpu_s in ((500, 30.0), (300, 10.0), (400, 20.0))
+    ]
+    found = summary(rounds)
+    assert list(found["parts"]) == ["rank", "router"]
+    assert found["parts"]["rank"] == {"pss_mib": 400.0, "uss_mib": 400.0, "processes": 2}
+    assert found["parts"]["router"]["uss_mib"] == 80.0
+    assert (found["pss_mib"], found["start_cpu_s"]) == (500.0, 20.0)
+    assert found["pss_mib_of_rounds"] == [600.0, 400.0, 500.0]
