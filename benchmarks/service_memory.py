@@ -77,8 +77,8 @@ def measure(options: Sequence[str]) -> Round:
     with running(options) as (service, target):
         start_cpu_s = cpu_s(service)
         with Client(target) as client:
-            client.generate("Once upon a time", max_tokens=64, ignore_eos=True)
-            client.generate(["The sea at night is", "The capital of France is"], max_tokens=16)
+            for prompt in ("Once upon a time", "The sea at night is"):
+                client.generate(prompt, max_tokens=64, ignore_eos=True)
             client.chat([Message("user", "Why is the sky blue?")], max_tokens=32)
         found = Round(Counter(), Counter(), Counter(), start_cpu_s)
         for process in (service, *service.children(recursive=True)):
@@ -120,14 +120,14 @@ def cpu_s(service: psutil.Process) -> float:
 def summary(rounds: Sequence[Round]) -> dict[str, Any]:
     """Medians, in MiB; kinds of process with the most memory first."""
 
-    def median(of: str, part: str) -> float:
-        return round(statistics.median(getattr(each, of)[part] for each in rounds) / MIB, 1)
+    def median_mib(counts: list[int]) -> float:
+        return round(statistics.median(counts) / MIB, 1)
 
     parts = dict.fromkeys(part for each in rounds for part in each.pss)
     by_part = {
         part: {
-            "pss_mib": median("pss", part),
-            "uss_mib": median("uss", part),
+            "pss_mib": median_mib([each.pss[part] for each in rounds]),
+            "uss_mib": median_mib([each.uss[part] for each in rounds]),
             "processes": max(each.processes[part] for each in rounds),
         }
         for part in parts

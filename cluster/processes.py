@@ -12,6 +12,8 @@ from collections.abc import Collection
 
 import psutil
 
+from kvmesh.workers.freed_memory import return_memory
+
 FULL_COLLECTION_S = 60.0
 _NEVER = 1 << 30  # a threshold of the garbage collector
 _PR_SET_CHILD_SUBREAPER = 36
@@ -88,16 +90,6 @@ def settle(collect_s: float = FULL_COLLECTION_S) -> None:
         loop.call_later(collect_s, collect)
 
     loop.call_later(collect_s, collect)
-
-
-def return_memory() -> None:
-    """Give the memory that was freed back to the system, which glibc does not by itself.
-
-    Call it after what took much. It takes milliseconds, in which other threads run.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # other C libraries have none
-        trim(0)
 
 
 def descendants() -> frozenset[int]:
