@@ -30,12 +30,13 @@ def start_node(config: ClusterConfig, directory: Path) -> Any:
             if config.ray.dashboard:
                 super().start_api_server(**options)
 
+    log_monitor: Any = config.ray.dashboard  # Ray's annotation says text
     ensure_token_if_auth_enabled(create_token_if_missing=False)
     params = RayParams(
         num_cpus=logical_cpus(config),
         object_store_memory=config.ray.object_store_bytes,
         include_dashboard=config.ray.dashboard,
-        include_log_monitor=config.ray.dashboard,
+        include_log_monitor=log_monitor,
         no_monitor=not config.ray.dashboard,
         temp_dir=str(directory),
         metrics_export_port=config.metrics.port,
