@@ -127,6 +127,14 @@ def test_ray_runs_no_process_that_serves_only_its_dashboard(servers: list[Server
         assert not any(program in command for command in commands), program
 
 
+def test_a_rank_on_a_cpu_has_not_loaded_triton(servers: list[Server]) -> None:
+    main = psutil.Process(servers[0].process.pid)
+    ranks = [x for x in main.children(recursive=True) if x.name().startswith("ray::RankActor")]
+    libraries = {Path(found.path).name for rank in ranks for found in rank.memory_maps()}
+    assert "libtorch_cpu.so" in libraries
+    assert "libtriton.so" not in libraries
+
+
 async def test_every_call_reaches_its_own_cluster(servers: list[Server]) -> None:
     endpoints = [server.endpoint() for server in servers]
     assert len({endpoint.api_key for endpoint in endpoints}) == CLUSTERS
