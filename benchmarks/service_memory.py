@@ -3,10 +3,12 @@
     python -m benchmarks.service_memory [--rounds N] [--json FILE] [-- OPTION …]
 
 Each round starts the service, waits until it is ready, makes a few requests, looks at its
-processes, and stops it again. Reported are medians over the rounds, by kind of process:
+processes five seconds later, and stops it again. Reported are medians over the rounds, by kind of
+process:
 
-  PSS     its memory, with a share of what it has in common with others
+  PSS     its memory, with a share of what it has in common with others, also with other programs
   USS     what would be free without it
+  alone   of all together: what their PSS would be if no other program had the same files in memory
   CPU s   of all processes from the start to ready, also of those that have ended
 
 OPTION: more of `kvmesh serve`, such as --model or --set engine.tp=2
@@ -17,16 +19,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import mmap
 import re
 import statistics
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 from rich.console import Console
 from rich.table import Table
@@ -37,6 +42,7 @@ from kvmesh.client import Client, Message
 
 RESULTS = HERE / "benchmarks" / "results" / "service_memory.json"
 MIB = 1 << 20
+SETTLE_S = 5.0
 COMMAND_LINE = "command line"
 # Of the rest, by the titles of processes or by their command lines.
 _PARTS_OF_RAY = (
@@ -69,6 +75,7 @@ class Round:
     pss: Counter[str]
     uss: Counter[str]
     processes: Counter[str]
+    alone: int
     start_cpu_s: float
 
 
@@ -80,8 +87,12 @@ def measure(options: Sequence[str]) -> Round:
             for prompt in ("Once upon a time", "The sea at night is"):
                 client.generate(prompt, max_tokens=64, ignore_eos=True)
             client.chat([Message("user", "Why is the sky blue?")], max_tokens=32)
-        found = Round(Counter(), Counter(), Counter(), start_cpu_s)
-        for process in (service, *service.children(recursive=True)):
+        time.sleep(SETTLE_S)
+        processes = [service, *service.children(recursive=True)]
+        found = Round(
+            Counter(), Counter(), Counter(), alone_bytes([x.pid for x in processes]), start_cpu_s
+        )
+        for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 memory = process.memory_full_info()
                 title = " ".join(process.cmdline())
@@ -117,6 +128,33 @@ def cpu_s(service: psutil.Process) -> float:
     return total
 
 
+_MAPPING = re.compile(r"^(\w+)-(\w+) \S+ (\w+) (\S+) (\d+)", re.MULTILINE)
+_PRESENT, _OF_FILE = np.uint64(1 << 63), np.uint64(1 << 61)  # proc_pid_pagemap(5)
+
+
+def alone_bytes(processes: Sequence[int]) -> int:
+    """What is theirs, and each page once that they have mapped of a file."""
+    anonymous = 0
+    of_files: dict[tuple[str, str], set[int]] = {}
+    page_size = mmap.PAGESIZE
+    for process in processes:
+        directory = Path(f"/proc/{process}")
+        with contextlib.suppress(OSError), (directory / "pagemap").open("rb") as pagemap:
+            rollup = (directory / "smaps_rollup").read_text()
+            anonymous += int(rollup.partition("Pss_Anon:")[2].split()[0]) << 10
+            for first, end, offset, device, inode in _MAPPING.findall(
+                (directory / "maps").read_text()
+            ):
+                if inode != "0":
+                    start, stop = int(first, 16) // page_size, int(end, 16) // page_size
+                    pagemap.seek(start * 8)
+                    entries = np.frombuffer(pagemap.read((stop - start) * 8), dtype=np.uint64)
+                    mapped = ((entries & _PRESENT) != 0) & ((entries & _OF_FILE) != 0)
+                    numbers = np.flatnonzero(mapped) + int(offset, 16) // page_size
+                    of_files.setdefault((device, inode), set()).update(numbers.tolist())
+    return anonymous + page_size * sum(map(len, of_files.values()))
+
+
 def summary(rounds: Sequence[Round]) -> dict[str, Any]:
     """Medians, in MiB; kinds of process with the most memory first."""
 
@@ -135,6 +173,7 @@ def summary(rounds: Sequence[Round]) -> dict[str, Any]:
     totals = [each.pss.total() / MIB for each in rounds]
     return {
         "pss_mib": round(statistics.median(totals), 1),
+        "alone_mib": median_mib([each.alone for each in rounds]),
         "pss_mib_of_rounds": [round(total, 1) for total in totals],
         "start_cpu_s": round(statistics.median(each.start_cpu_s for each in rounds), 2),
         "parts": dict(sorted(by_part.items(), key=lambda item: -item[1]["pss_mib"])),
@@ -151,6 +190,7 @@ def table_of(found: dict[str, Any]) -> Table:
         table.add_row(part, *figures)
     table.add_section()
     table.add_row("all", "", f"{found['pss_mib']:.0f}", "")
+    table.add_row("alone", "", f"{found['alone_mib']:.0f}", "")
     table.caption = f"{found['start_cpu_s']:.1f} s of CPU from the start to ready"
     return table
 

@@ -72,6 +72,7 @@ def _serve(rank: Rank, end: RankEnd, parent: int) -> None:
                 return_memory()
         elif isinstance(message, Allocation):
             rank.allocate(message)
+            return_memory()  # of loading and of the probe, up to 200 MB
             steps = RankSteps(rank.runner, samples=rank.samples)
             end.send(Allocated())
         elif isinstance(message, Probe):
