@@ -51,6 +51,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo 'Installing kvmesh and its dependencies (torch, Ray, transformers; takes minutes the first time)'
 	$(PY) -m pip install $(if $(TORCH_INDEX),--extra-index-url '$(TORCH_INDEX)') \
 		-c constraints.txt -e '.[serve,plot,dev]'
+	@# For one example, where Ray Serve does not find it: see `data` in pyproject.toml.
+	$(PY) -m pip install --quiet --upgrade --no-deps --target .venv/data -c constraints.txt pandas pyarrow
 	@touch $@
 
 hooks: $(STAMP) ## Let git run lint and the repository's rules before each commit

@@ -9,15 +9,13 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 import ray
 from ray import serve
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from kvmesh.cluster import grpc_front, http_front
@@ -38,6 +36,7 @@ from kvmesh.cluster.processes import settle
 from kvmesh.cluster.rank_actors import RankActors, RankResources
 from kvmesh.cluster.reception import Reception
 from kvmesh.cluster.resources import CONTROL_CPUS, bundles, gpus_per_rank
+from kvmesh.cluster.router_finder import router_finder
 from kvmesh.cluster.router_service import RouterService
 from kvmesh.cluster.routing.autoscaling import AutoscalingPolicy
 from kvmesh.cluster.routing.config import RouterConfig
@@ -56,7 +55,6 @@ Reply = TypeVar("Reply")
 FAILURE_POLL_S = 0.25
 HEALTH_TIMEOUT_S = 5.0  # Serve replaces a process that misses three health checks in a row
 FLUSH_S = 0.5  # time for a failed engine's last messages to reach its clients
-FIND_TIMEOUT_S = 5.0
 # Of Serve, before a process drains, and then of the process, to hand over and to end its ranks.
 STOP_S = 20.0
 LIVE_POLL_S = 0.1
@@ -248,25 +246,6 @@ class IngressReplica:
         await self._service.drain(self._drain_s)
         await self._service.stop()
         self._codec.close()
-
-
-def router_finder(router: DeploymentHandle[Any]) -> Callable[[], Awaitable[Address]]:
-    """A function that asks Serve for the router's address; it raises LinkError."""
-
-    async def find() -> Address:
-        response: Any = router.address.remote()
-        try:
-            async with asyncio.timeout(FIND_TIMEOUT_S):
-                address = await response
-        except TimeoutError:
-            response.cancel()
-            raise LinkError("the router does not answer") from None
-        except (RayError, RayServeException) as error:
-            raise LinkError(f"the router cannot be reached: {error}") from error
-        assert isinstance(address, Address)
-        return address
-
-    return find
 
 
 async def groups_running(app_name: str, config: ClusterConfig) -> frozenset[str]:

@@ -350,7 +350,7 @@ class RaySection(Settings):
         default=200 << 20, description="Object store of a local Ray cluster; kvmesh barely uses it"
     )
     dashboard: Switch = Field(
-        default=False, description="Start Ray's dashboard with a local cluster"
+        default=False, description="Start Ray's dashboard with a local cluster, and its monitors"
     )
 
 

@@ -55,7 +55,7 @@ class RouterCalls:
         from ray.exceptions import RayError
         from ray.serve.exceptions import RayServeException
 
-        from kvmesh.cluster.app import router_finder
+        from kvmesh.cluster.router_finder import router_finder
 
         async def find() -> RouterContact:
             router: Any = serve.get_deployment_handle("router", self._app_name)

@@ -205,6 +205,8 @@ class Cluster:
                 if self._dead_part() is None:
                     self._stop_serving()
                     ray.shutdown()
+                    if self._local is not None:
+                        self._local.stop()
                 if self._local is not None:
                     self._local.end()
                 # Not before the others are gone: it waits for a dead part.

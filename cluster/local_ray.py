@@ -25,7 +25,7 @@ from kvmesh.cluster.processes import (
     end_descendants,
     is_dead,
 )
-from kvmesh.cluster.resources import logical_cpus
+from kvmesh.cluster.ray_node import start_node
 
 # What runs continues without them, but nothing that dies is replaced.
 RAY_PROCESSES = ("gcs_server", "raylet")
@@ -40,6 +40,7 @@ class LocalRay:
     def __init__(self, ports: PortBlock) -> None:
         self._ports = ports
         self._directory: Path | None = None
+        self._node: Any = None
         self._environ: dict[str, str | None] = {}  # what its variables were before
         self._keep: frozenset[int] = frozenset()
         self._processes: dict[str, psutil.Process] = {}
@@ -54,21 +55,13 @@ class LocalRay:
         variables = local_variables(config, self._directory / "p", self._ports)
         self._environ = {name: os.environ.get(name) for name in variables}
         os.environ.update(variables)
-        ray = import_ray()
         scratch = self._directory / "t"
         scratch.mkdir()
         try:
             with _temporary_directory(scratch):
-                context = ray.init(
-                    num_cpus=logical_cpus(config),
-                    object_store_memory=config.ray.object_store_bytes,
-                    include_dashboard=config.ray.dashboard,
-                    logging_level="ERROR",
-                    log_to_driver=False,
-                    _temp_dir=str(self._directory / "ray"),
-                    _metrics_export_port=config.metrics.port,
-                    _node_ip_address="127.0.0.1",
-                )
+                self._node = start_node(config, self._directory / "ray")
+            ray = import_ray()
+            context = ray.init(self._node.address, logging_level="ERROR", log_to_driver=False)
         except Exception as error:  # the class that Ray raises when its node is not up in time
             words = " ".join(str(error).split()) + _gcs_words(self._directory)
             raise StartError(f"Ray did not start: {words}") from error
@@ -78,6 +71,12 @@ class LocalRay:
     def dead_part(self) -> str | None:
         """Ray's process that has died, if one has."""
         return next((name for name, x in self._processes.items() if is_dead(x)), None)
+
+    def stop(self) -> None:
+        """End Ray's own processes in the order that it does itself. None may be dead already."""
+        if self._node is not None:
+            self._node.kill_all_processes(check_alive=False, allow_graceful=True)
+            self._node = None
 
     def end(self) -> None:
         """End all that is left of its processes, and delete its files."""

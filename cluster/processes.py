@@ -12,6 +12,8 @@ from collections.abc import Collection
 
 import psutil
 
+from kvmesh.workers.freed_memory import return_memory
+
 FULL_COLLECTION_S = 60.0
 _NEVER = 1 << 30  # a threshold of the garbage collector
 _PR_SET_CHILD_SUBREAPER = 36
@@ -71,12 +73,14 @@ def settle(collect_s: float = FULL_COLLECTION_S) -> None:
     What it has made so far stays, and the garbage collector no longer walks it, which takes it a
     tenth of a second. All that is made later it walks at regular times, and not whenever many
     requests have come: with hundreds of streams that takes tens of milliseconds, in which no
-    stream continues, and finds little, as requests leave no cycles behind.
+    stream continues, and finds little, as requests leave no cycles behind. What the start took and
+    freed, up to 30 MB for a tokenizer, is given back.
 
     collect_s: between two full collections
     """
     gc.collect()
     gc.freeze()
+    return_memory()
     young, middle, _ = gc.get_threshold()
     gc.set_threshold(young, middle, _NEVER)
     loop = asyncio.get_running_loop()
@@ -86,16 +90,6 @@ def settle(collect_s: float = FULL_COLLECTION_S) -> None:
         loop.call_later(collect_s, collect)
 
     loop.call_later(collect_s, collect)
-
-
-def return_memory() -> None:
-    """Give the memory that was freed back to the system, which glibc does not by itself.
-
-    Call it after what took much. It takes milliseconds, in which other threads run.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # other C libraries have none
-        trim(0)
 
 
 def descendants() -> frozenset[int]:

@@ -10,6 +10,7 @@ import ray
 
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.threads import wait_passively
+from kvmesh.workers.without_triton import leave_out_triton
 
 
 @ray.remote(max_restarts=0)
@@ -23,6 +24,7 @@ class RankActor:
     def run(self, config: EngineConfig, rank: int, endpoint: str, rendezvous: Path) -> None:
         """Serve until the leader closes the channel; see worker_main."""
         wait_passively(os.environ)
+        leave_out_triton(config.device)
         # Imported here so that the leader can load the class without torch.
         from kvmesh.workers.worker import worker_main
 

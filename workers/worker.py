@@ -11,6 +11,7 @@ from kvmesh.workers.channel import Allocated, Close, Divergences, Failed, Flush,
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.executor import Allocation
+from kvmesh.workers.freed_memory import return_memory
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.plan import StepPlan, TokenMasks
 from kvmesh.workers.rank import Rank, choose_device
@@ -58,6 +59,7 @@ def _serve(rank: Rank, end: RankEnd, parent: int) -> None:
     end.send(rank.describe())
     # A step that is not computed yet is answered once the next one is launched, or on request.
     keep = 1 if rank.runs_ahead else 0
+    has_worked = True  # since it last waited in vain
     while True:
         message = end.receive(_PARENT_CHECK_S)
         if isinstance(message, Close):
@@ -66,8 +68,11 @@ def _serve(rank: Rank, end: RankEnd, parent: int) -> None:
             if os.getppid() != parent:
                 logger.warning("the leader is gone")
                 return
+            if has_worked:
+                return_memory()
         elif isinstance(message, Allocation):
             rank.allocate(message)
+            return_memory()  # of loading and of the probe, up to 200 MB
             steps = RankSteps(rank.runner, samples=rank.samples)
             end.send(Allocated())
         elif isinstance(message, Probe):
@@ -81,3 +86,4 @@ def _serve(rank: Rank, end: RankEnd, parent: int) -> None:
                 steps.mask(message)
             for result in steps.results(0 if isinstance(message, Flush) else keep):
                 end.send(result)
+        has_worked = message is not None

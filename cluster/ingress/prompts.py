@@ -22,10 +22,10 @@ from kvmesh.cluster.ingress import served, validate, wire
 from kvmesh.cluster.ingress.codec import TextCodec
 from kvmesh.cluster.ingress.model_checks import PROMPT_IDS, check_ids
 from kvmesh.cluster.ingress.refuse import refuse
-from kvmesh.cluster.processes import return_memory
 from kvmesh.cluster.reports import ClusterStatus
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import InvalidFieldError
+from kvmesh.workers.freed_memory import return_memory
 from kvmesh.workers.loads import EngineInfo
 from kvmesh.workers.model.chat import Conversation
 from kvmesh.workers.prefix_cache import PageDigests

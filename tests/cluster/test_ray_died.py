@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -32,11 +31,11 @@ def local_ray(**processes: psutil.Process) -> LocalRay:
 def test_it_says_why_ray_has_not_started(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception
 ) -> None:
-    def init(**options: object) -> None:
+    def start_node(config: ClusterConfig, directory: Path) -> None:
         raise error
 
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    monkeypatch.setattr(local_ray_module, "import_ray", lambda: SimpleNamespace(init=init))
+    monkeypatch.setattr(local_ray_module, "start_node", start_node)
     before = dict(os.environ)
     local = local_ray()
     with pytest.raises(StartError, match=f"^Ray did not start: {error}$"):

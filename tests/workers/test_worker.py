@@ -155,6 +155,16 @@ def test_a_rank_ends_when_its_leader_is_gone() -> None:
     assert serve([None, PLAN], samples=True, parent=os.getppid() + 1).unread == 1
 
 
+def test_a_rank_returns_memory_after_loading_and_when_it_is_idle(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    returned: list[int] = []  # how many messages were left then
+    end = ScriptedEnd([None, ALLOCATE, PLAN, PLAN, None, None, PLAN, None, Close()])
+    monkeypatch.setattr(worker, "return_memory", lambda: returned.append(end.unread))
+    worker._serve(FakeRank(samples=True), end, os.getppid())  # type: ignore[arg-type]
+    assert returned == [8, 7, 4, 1]
+
+
 class FakeComm:
     closed = False
 

@@ -119,6 +119,22 @@ def test_listeners_are_those_of_the_document(servers: list[Server]) -> None:
     assert not gone, "in docs/security.md, but not there"
 
 
+def test_ray_runs_no_process_that_serves_only_its_dashboard(servers: list[Server]) -> None:
+    main = psutil.Process(servers[0].process.pid)
+    commands = [" ".join(process.cmdline()) for process in main.children(recursive=True)]
+    assert any("/gcs_server" in command for command in commands)
+    for program in ("dashboard/dashboard.py", "/monitor.py", "/log_monitor.py"):
+        assert not any(program in command for command in commands), program
+
+
+def test_a_rank_on_a_cpu_has_not_loaded_triton(servers: list[Server]) -> None:
+    main = psutil.Process(servers[0].process.pid)
+    ranks = [x for x in main.children(recursive=True) if x.name().startswith("ray::RankActor")]
+    libraries = {Path(found.path).name for rank in ranks for found in rank.memory_maps()}
+    assert "libtorch_cpu.so" in libraries
+    assert "libtriton.so" not in libraries
+
+
 async def test_every_call_reaches_its_own_cluster(servers: list[Server]) -> None:
     endpoints = [server.endpoint() for server in servers]
     assert len({endpoint.api_key for endpoint in endpoints}) == CLUSTERS

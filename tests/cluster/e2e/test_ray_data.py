@@ -16,6 +16,8 @@ from tests.workers.structured.tiny import model_path
 
 pytestmark = pytest.mark.ray
 
+DATA = Path(sys.prefix) / "data"  # where `make venv` installs what Ray Data needs
+
 
 def test_a_data_set_is_continued_on_ray(tmp_path: Path) -> None:
     prompts = [f"prompt {n}" for n in range(8)]
@@ -25,7 +27,7 @@ def test_a_data_set_is_continued_on_ray(tmp_path: Path) -> None:
     program = [sys.executable, str(ROOT / "examples/ray_data_batch.py")]
     subprocess.run(
         [*program, str(source), str(tmp_path / "out"), str(model_path())],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(DATA)])},
         check=True,
         timeout=500,
     )
