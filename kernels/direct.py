@@ -49,18 +49,17 @@ class BoundKernel:
             # The driver takes addresses as they are, and asks about those of tensors.
             self._pointers = _addresses(self._fixed)
 
-    def ready(self, grid: Grid, *tensors: torch.Tensor) -> tuple[Any, tuple[Any, ...]] | None:
-        """What launches it for tensors like these, which it was launched for: a function, and its
-        last arguments. None if Triton has to."""
-        handle = self._handles.get(_variant(tensors, [x.data_ptr() for x in tensors]))
-        return None if handle is None else (handle[grid], self._pointers)
-
 
 @dataclass(frozen=True, slots=True)
 class BoundLaunch:
-    """takes: which of the tensors that several launches are made for"""
+    """One of `BoundLaunches`.
 
-    kernel: BoundKernel
+    kernel, fixed, options: as of a `BoundKernel`; takes: which of the launches' tensors are its
+    """
+
+    kernel: Any
+    fixed: tuple[Any, ...]
+    options: dict[str, Any]
     grid: Grid
     takes: slice
 
@@ -92,10 +91,10 @@ class BoundLaunches:
         """One by one, remembering how to for tensors alike."""
         found = []
         for launch in self._launches:
-            launch.kernel(launch.grid, *tensors[launch.takes])
-            ready = launch.kernel.ready(launch.grid, *tensors[launch.takes])
-            if ready is not None:
-                found.append((ready[0], launch.takes, ready[1]))
+            arguments = (*tensors[launch.takes], *launch.fixed)
+            compiled = launch.kernel[launch.grid](*arguments, **launch.options)
+            if compiled is not None:
+                found.append((compiled[launch.grid], launch.takes, _addresses(launch.fixed)))
         if len(found) == len(self._launches):
             self._ready[variant] = tuple(found)
 

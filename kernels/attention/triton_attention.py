@@ -35,7 +35,7 @@ from kvmesh.kernels.attention.triton_parts import BatchPointers
 from kvmesh.kernels.attention.triton_prefill import prefill_merge_kernel
 from kvmesh.kernels.attention.window import Windows
 from kvmesh.kernels.attention.work import DecodeWork, Lengths, PrefillWork
-from kvmesh.kernels.direct import BoundKernel, BoundLaunch, BoundLaunches
+from kvmesh.kernels.direct import BoundLaunch, BoundLaunches
 from kvmesh.kernels.gpu import GpuDevice, gpu_of
 from kvmesh.kernels.merge.triton_merge import MERGE_OPTIONS, channel_blocks
 from kvmesh.kernels.seal.triton_seal import check_arenas
@@ -188,12 +188,12 @@ class _StepLayers:
             where = (*parts, pointers, batch.hot_tables.stride(0), part.first_slot, num_slots)
             fixed = (*where, num_seqs, *self.ends, form)
             grid = (max(1, num_slots), form.num_kv_heads * form.head_parts, 1)
-            yield BoundLaunch(BoundKernel(launch.kernel, fixed, launch.options), grid, PAGES)
+            yield BoundLaunch(launch.kernel, fixed, launch.options, grid, PAGES)
             if prefixes is not None:
                 shared = prefix_launch(fmt, geometry, capability, softcap=how["softcap"])
                 fixed = (*where, given.set_chunks.shape[0] - 1, *self.ends, shared.form)
                 grid = (prefix_programs(shared, self.gpu.processors), form.num_kv_heads, 1)
-                yield BoundLaunch(BoundKernel(shared.kernel, fixed, shared.options), grid, PAGES)
+                yield BoundLaunch(shared.kernel, fixed, shared.options, grid, PAGES)
             # The first round also clears rows that belong to no sequence.
             clears = batch.max_query_len == 1 and part.first_seq == 0
             num_rows = self.like.shape[0] if clears else 0
@@ -204,8 +204,7 @@ class _StepLayers:
                 channel_blocks(form.head_dim),
             )
             fixed = (*parts, pointers, *seqs, num_rows, form)
-            kernel = BoundKernel(decode_merge_kernel, fixed, MERGE_OPTIONS)
-            yield BoundLaunch(kernel, grid, RESULTS)
+            yield BoundLaunch(decode_merge_kernel, fixed, MERGE_OPTIONS, grid, RESULTS)
 
     def _prefill(self, launch: Launch, far: FarWork) -> Iterator[BoundLaunch]:
         form, batch = launch.form, self.batch
@@ -227,16 +226,15 @@ class _StepLayers:
             where = (pointers, batch.hot_tables.stride(0), slab.first, batch.num_seqs)
             fixed = (*into, *where, *self.ends, slab.direct, form)
             grid = (slab.end - slab.first, form.num_kv_heads, 1)
-            kernel = BoundKernel(launch.kernel, fixed, launch.options)
-            yield BoundLaunch(kernel, grid, ALL if slab.direct else PAGES)
+            takes = ALL if slab.direct else PAGES
+            yield BoundLaunch(launch.kernel, fixed, launch.options, grid, takes)
             if slab.direct:
                 continue
             num_tokens = slab.end_token - slab.first_token
             seqs = (slab.first, slab.first_token, batch.num_seqs)
             fixed = (*parts, pointers, *seqs, self.ends[1], form)
             grid = (num_tokens, form.num_heads, channel_blocks(form.head_dim))
-            kernel = BoundKernel(prefill_merge_kernel, fixed, MERGE_OPTIONS)
-            yield BoundLaunch(kernel, grid, RESULTS)
+            yield BoundLaunch(prefill_merge_kernel, fixed, MERGE_OPTIONS, grid, RESULTS)
 
     def _far(self, work: FarWork, launch: Launch) -> FarLaunches | None:
         """None if nothing here attends to plain keys of q's dtype and width."""

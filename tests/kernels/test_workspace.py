@@ -46,7 +46,7 @@ def held_bytes(
     held = {
         id(x): x.nbytes
         for launch in layers.step().launches
-        for x in launch.kernel._fixed
+        for x in launch.fixed
         if isinstance(x, torch.Tensor)
     }
     return sum(held.values())
