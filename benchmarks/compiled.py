@@ -71,8 +71,8 @@ from kvmesh.kernels.linear.triton_linear import (
     form_for,
     linear_kernel,
 )
-from kvmesh.kernels.linear.triton_linear import options as linear_options
 from kvmesh.kernels.linear.triton_tiles import WeightForm, pointers, weight_form
+from kvmesh.kernels.linear.triton_tiles import options as linear_options
 from kvmesh.kernels.merge.triton_merge import merge_kernel
 from kvmesh.kernels.moe.triton_moe import BLOCK_N, Groups, down_kernel, gate_up_kernel
 from kvmesh.kernels.moe.triton_moe import options as expert_options

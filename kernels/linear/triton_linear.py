@@ -21,9 +21,11 @@ from kvmesh.kernels.gpu import gpu_of
 from kvmesh.kernels.linear.grouped import GroupedWeight
 from kvmesh.kernels.linear.triton_tiles import (
     WeightForm,
+    block_rows,
     decode,
     inputs_of,
     load_codes,
+    options,
     pointers,
     product,
     weight_form,
@@ -172,17 +174,8 @@ def linear(
 
 def form_for(weight: GroupedWeight, num_rows: int) -> WeightForm:
     """The tiles for so many rows."""
-    block_m = min(128, max(16, 1 << (num_rows - 1).bit_length()))
+    block_m = block_rows(num_rows)
     return weight_form(weight, block_m, 64 if block_m < 128 else 128)
-
-
-def options(form: WeightForm, dtype: torch.dtype) -> dict[str, object]:
-    """How `linear_kernel` is compiled."""
-    return {
-        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
-        "num_warps": 4 if form.block_m < 128 else 8,
-        "num_stages": 3 if form.block_m < 128 else 2,
-    }
 
 
 def _parts(blocks: tuple[int, int], steps: int, processors: int) -> int:

@@ -136,6 +136,20 @@ def weight_form(weight: GroupedWeight | torch.Tensor, block_m: int, block_n: int
     )
 
 
+def block_rows(num_rows: int) -> int:
+    """Rows of a tile where there are about so many."""
+    return min(128, max(16, 1 << (num_rows - 1).bit_length()))
+
+
+def options(form: WeightForm, dtype: torch.dtype) -> dict[str, object]:
+    """How kernels with `product` are compiled for inputs of the dtype."""
+    return {
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "num_warps": 4 if form.block_m < 128 else 8,
+        "num_stages": 3 if form.block_m < 128 else 2,
+    }
+
+
 def pointers(weight: GroupedWeight | torch.Tensor) -> WeightPointers:
     if isinstance(weight, torch.Tensor):
         return WeightPointers(weight, weight, weight, weight)

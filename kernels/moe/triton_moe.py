@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvmesh.kernels.linear import GroupedWeight
+from kvmesh.kernels.linear import GroupedWeight, triton_tiles
 from kvmesh.kernels.linear.triton_tiles import (
     WeightForm,
     decode,
@@ -202,7 +202,9 @@ def expert_mlp(
     num_experts, hidden, width = down.shape
     parts = torch.zeros(num_tokens * top_k, hidden, dtype=torch.float32, device=x.device)
     if num_tokens:
-        block_m = FIXED_ROWS if deterministic else block_rows(num_tokens * top_k, num_experts)
+        # From shapes alone: about as many rows as an expert has assignments.
+        mean = -(-num_tokens * top_k // num_experts)
+        block_m = FIXED_ROWS if deterministic else triton_tiles.block_rows(mean)
         groups = Groups.of(experts, num_experts, block_m)
         x = x.contiguous()
         if isinstance(gate_up, torch.Tensor):
@@ -240,16 +242,6 @@ def expert_mlp(
     return (in_order(shares) if deterministic else shares.sum(1)).to(x.dtype)
 
 
-def block_rows(assignments: int, num_experts: int) -> int:
-    """Rows of a tile, from shapes alone: about as many as an expert has assignments."""
-    mean = -(-assignments // num_experts)
-    return min(128, max(16, 1 << (mean - 1).bit_length()))
-
-
 def options(form: WeightForm, dtype: torch.dtype) -> dict[str, object]:
     """How both kernels are compiled."""
-    return {
-        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
-        "num_warps": 4 if form.block_m <= 64 else 8,
-        "num_stages": 3,
-    }
+    return {**triton_tiles.options(form, dtype), "num_stages": 3}
