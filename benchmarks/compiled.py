@@ -118,8 +118,8 @@ def latent_kernels(
     pages = (number, number, torch.empty(16, dtype=torch.int8), sums, sums)
     batch = BatchPointers(*[ints] * len(BatchPointers._fields))
     arguments = (*pages, ints, ints, batch, 64, LATENT_DIM * num_heads, LATENT_DIM, 16, 1.0)
-    windows, gpu = (1, 2, stride), divmod(capability, 10)
-    form = form_of(stored, num_heads, LATENT_DIM, page_size, 2, windows, gpu)
+    geometry = Geometry(1, num_heads, LATENT_DIM, page_size, stride=stride)
+    form = form_of(stored, geometry, (1, 2), divmod(capability, 10))
     how = (latent_kernel, arguments, {"FORM": form}, LATENT_OPTIONS)
     yield f"latents, {num_heads} heads", partial(compile_kernel, *how, capability)
 

@@ -18,6 +18,7 @@ from kvmesh.kernels import workspace
 from kvmesh.kernels.attention.batch import AttentionBatch
 from kvmesh.kernels.attention.latent_form import OPTIONS, form_of
 from kvmesh.kernels.attention.layer import LayerAttention
+from kvmesh.kernels.attention.triton_form import Geometry
 from kvmesh.kernels.attention.triton_latent import latent_kernel
 from kvmesh.kernels.attention.triton_parts import BatchPointers
 from kvmesh.kernels.attention.window import Ints
@@ -88,14 +89,13 @@ def paged_attention(
 def _rows(
     q: torch.Tensor, hot: torch.Tensor, batch: AttentionBatch, fmt: KVFormat, scale: float
 ) -> Iterator[_Rows]:
-    num_heads, capability = q.shape[1], gpu_of(q).capability
-    page_size, head_dim = hot.shape[3:]
-    windows = (batch.sink_pages, batch.recent_pages, batch.stride)
-    form = form_of(fmt, num_heads, head_dim, page_size, hot.element_size(), windows, capability)
+    num_heads, windows = q.shape[1], (batch.sink_pages, batch.recent_pages)
+    geometry = Geometry.of(hot, num_heads, batch.stride)
+    form = form_of(fmt, geometry, windows, gpu_of(q).capability)
     for tokens, seqs, parts in _divide(batch, num_heads * form.values):
         both = torch.from_numpy(np.stack((tokens, seqs))).to(q.device)
         token_ids, seq_ids = both.int()
-        part_columns = max(1, workspace.LATENT_PART_TOKENS // page_size)
+        part_columns = max(1, workspace.LATENT_PART_TOKENS // batch.page_size)
         fixed = (
             token_ids,
             seq_ids,
