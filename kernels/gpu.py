@@ -9,6 +9,9 @@ import torch
 
 Capability = tuple[int, int]
 
+# Attention over latents takes 68 KiB of shared memory; a processor had 64 before.
+LATENTS_FROM: Capability = (8, 0)
+
 
 @dataclass(frozen=True, slots=True)
 class GpuDevice:

@@ -9,8 +9,9 @@ from typing import Self
 import torch
 
 from kvmesh.kernels.attention import far_attention
-from kvmesh.kernels.formats.base import ModelParams
+from kvmesh.kernels.formats.base import KVFormat, ModelParams
 from kvmesh.kernels.formats.registry import get_format
+from kvmesh.kernels.gpu import LATENTS_FROM, Capability
 from kvmesh.kernels.workspace import AttentionShape
 from kvmesh.workers.calibration.file import Calibration
 from kvmesh.workers.config import DEFAULT_CPU_KV_MEMORY_BYTES, EngineConfig
@@ -44,6 +45,24 @@ def choose_device(config: EngineConfig, rank: int) -> torch.device:
     return torch.device("cuda", rank % torch.cuda.device_count())
 
 
+def check_gpu(config: EngineConfig, fmt: KVFormat, capability: Capability) -> None:
+    """Raises ConfigError for a format or a setting that a GPU of this compute capability, or any,
+    cannot serve."""
+    if config.cuda_graphs is True and not fmt.has_kernels:
+        raise ConfigError(
+            "cuda_graphs",
+            "must be auto or false for this model: a graph cannot hold attention over latents, "
+            "whose parts the host decides on in every step",
+        )
+    if fmt.values_in_keys and capability < LATENTS_FROM:
+        needed, found = (".".join(map(str, each)) for each in (LATENTS_FROM, capability))
+        raise ConfigError(
+            "model",
+            f"attention over latents needs a GPU of compute capability {needed} or newer, whose "
+            f"processors have enough shared memory; this one has {found}",
+        )
+
+
 class Rank:
     """Loads the model on construction. Call `allocate` once, then `runner` computes steps.
 
@@ -74,12 +93,8 @@ class Rank:
             shared._files if shared else resolve_model(config.model, rope=config.rope)
         )
         self._fmt = format_for(config.kv_format, self._files.path, self._device.type)
-        if self._device.type == "cuda" and config.cuda_graphs is True and not self._fmt.has_kernels:
-            raise ConfigError(
-                "cuda_graphs",
-                "must be auto or false for this model: a graph cannot hold attention over latents, "
-                "whose parts the host decides on in every step",
-            )
+        if self._device.type == "cuda":
+            check_gpu(config, self._fmt, torch.cuda.get_device_capability(self._device))
         self._sink_pages = _default(config.sink_pages, self._fmt.sink_pages)
         self._recent_pages = _default(config.recent_pages, self._fmt.recent_pages)
         # Before the weights, so that a file that does not fit fails early.

@@ -12,10 +12,10 @@ import torch
 from kvmesh.kernels.addresses_numba import Record, address_of, record_of
 from kvmesh.kernels.attention import reference
 from kvmesh.kernels.attention.batch import AttentionBatch
+from kvmesh.kernels.attention.batch_pages import check_queries, firsts_of, missing_page
 from kvmesh.kernels.attention.layer import LayerAttention
 from kvmesh.kernels.attention.numba_loop import DecodeLoop, decode_loop, missing_of
 from kvmesh.kernels.attention.numba_records import SEQUENCES, pages_record
-from kvmesh.kernels.attention.plan import check_queries, firsts_of, missing_page
 from kvmesh.kernels.attention.window import columns_below
 from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.kernels.merge import merge_states

@@ -1,7 +1,7 @@
 """`paged_attention` in plain torch: the reference, and the serving path on CPUs.
 
 It computes in fp32 whatever the dtype of q. Which form is read depends only on
-positions (`plan.py`); how the work is divided changes only rounding.
+positions (`Windows`); how the work is divided changes only rounding.
 """
 
 from __future__ import annotations
@@ -9,15 +9,10 @@ from __future__ import annotations
 import torch
 
 from kvmesh.kernels.attention.batch import AttentionBatch
+from kvmesh.kernels.attention.batch_pages import HotSlots, SealedPages
+from kvmesh.kernels.attention.chunk_blocks import ChunkBlock, chunk_blocks
+from kvmesh.kernels.attention.decode_groups import DecodeGroup, decode_groups
 from kvmesh.kernels.attention.layer import LayerAttention
-from kvmesh.kernels.attention.plan import (
-    ChunkBlock,
-    DecodeGroup,
-    HotSlots,
-    SealedPages,
-    chunk_blocks,
-    decode_groups,
-)
 from kvmesh.kernels.formats.base import PageShape, Params, Side
 
 # Maximum number of scores of one block, if they have to be stored: 32 MiB of fp32.

@@ -8,8 +8,7 @@ from typing import Any, Unpack
 import pytest
 import torch
 
-from kvmesh.kernels.attention import paged_attention
-from kvmesh.kernels.attention import plan as planning
+from kvmesh.kernels.attention import chunk_blocks, paged_attention
 from kvmesh.kernels.formats.registry import format_names, get_format
 from tests.kernels.cases import (
     AttentionOptions,
@@ -110,8 +109,8 @@ def test_bf16_pages() -> None:
 
 @pytest.mark.slow
 def test_far_pages_in_parts_and_long_chunks_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "MAX_FAR_TOKENS", 48)
-    monkeypatch.setattr(planning, "MIN_BLOCK_TOKENS", 32)
+    monkeypatch.setattr(chunk_blocks, "MAX_FAR_TOKENS", 48)
+    monkeypatch.setattr(chunk_blocks, "MIN_BLOCK_TOKENS", 32)
     for name, window in itertools.product(NAMES, (None, 90)):
         shape = Shape(sink_pages=1, recent_pages=1)
         check(

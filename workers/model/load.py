@@ -25,10 +25,11 @@ from kvmesh.workers.model.facts import ModelFacts, read_facts, read_json
 from kvmesh.workers.model.hook import IMPLEMENTATION, Attend, AttendSlot, Entry, attach
 from kvmesh.workers.model.layer_stack import stacked
 from kvmesh.workers.model.mamba2 import Mamba2Mixer
+from kvmesh.workers.model.placer import Placer
 from kvmesh.workers.model.recurrent_state import StepStates
 from kvmesh.workers.model.rg_lru import GatedLinearRecurrence
 from kvmesh.workers.model.rope import Rope, fixed_rotary, override_rope
-from kvmesh.workers.model.shards import Placer, shard_of
+from kvmesh.workers.model.shard_plans import shard_of
 from kvmesh.workers.model.sizes import check_tp
 from kvmesh.workers.model.standard_keys import standard_keys
 from kvmesh.workers.model.storage import Storage

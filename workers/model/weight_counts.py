@@ -7,7 +7,7 @@
            has those of its heads, at least one
     whole  embeddings, norms, biases after a sum, routers of experts            on every rank
 
-Its modules are built without memory, on torch's meta device, and divided as `shards.py` does it.
+Its modules are built without memory, on torch's meta device, and divided as `Placer` does it.
 Of these numbers, those of linears and experts may be stored in few bits (`weight_coding.py`).
 """
 
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from kvmesh.workers.model.shards import shard_of
+from kvmesh.workers.model.shard_plans import shard_of
 from kvmesh.workers.model.sizes import ModelSizes
 from kvmesh.workers.model.stored import config_of
 from kvmesh.workers.model.weight_coding import BF16_BYTES, StoredWeights

@@ -9,12 +9,12 @@ import math
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ from tests.cluster.e2e.harness import (
     check_accounts,
     greedy_by_engine,
     in_use,
+    processes_named,
     stream_raw,
     text_request,
     used_pages,
@@ -164,11 +165,15 @@ def test_leaving_over_http_frees_pages(endpoint: Endpoint, client: Client, strea
     headers = {"authorization": f"Bearer {endpoint.api_key}", "content-type": "application/json"}
     before = generated(client)
     call = http.client.HTTPConnection(endpoint.http_url.removeprefix("http://"))
-    call.request("POST", "/v1/completions", json.dumps(body), headers)
-    wait_for(lambda: used_pages(client.loads()) > 0, "it runs")
+    with ranks_paused():
+        call.request("POST", "/v1/completions", json.dumps(body), headers)
+        wait_for(lambda: used_pages(client.loads()) > 0, "it runs")
+        if not stream:
+            call.close()
     if stream:
         assert call.getresponse().status == 200
-    call.close()
+        with ranks_paused():
+            call.close()
     wait_idle(client)
     assert generated(client) - before < LONG, "the output was cut short"
 
@@ -465,6 +470,19 @@ def test_refusals_reveal_no_internals(endpoint: Endpoint) -> None:
 # Cancellation
 
 
+@contextmanager
+def ranks_paused() -> Iterator[None]:
+    """So that no output ends before its client has left, however slow this process is."""
+    ranks = processes_named("ray::RankActor")
+    for rank in ranks:
+        rank.suspend()
+    try:
+        yield
+    finally:
+        for rank in ranks:
+            rank.resume()
+
+
 def generated(client: Client) -> int:
     """Tokens of all outputs so far."""
     return sum(group.completion_tokens_total for group in client.loads().groups)
@@ -477,7 +495,9 @@ def test_closing_a_stream_frees_its_pages(client: Client, record_property: Any) 
         for number, _ in enumerate(stream):
             if number == 3:
                 break
-        assert used_pages(client.loads()) > 0
+        with ranks_paused():
+            assert used_pages(client.loads()) > 0
+            stream.close()
     record_property("freed_after_s", wait_idle(client))
     assert generated(client) - before < LONG, "the output was cut short"
 
@@ -489,7 +509,7 @@ def test_abort_ends_a_stream_from_another_connection(endpoint: Endpoint, client:
     ) as stream:
         deltas = iter(stream)
         next(deltas)
-        with Client(endpoint.target, api_key=endpoint.api_key) as other:
+        with ranks_paused(), Client(endpoint.target, api_key=endpoint.api_key) as other:
             assert other.abort("to-abort")
         assert [delta.finish_reason for delta in deltas][-1] is FinishReason.ABORT
     wait_idle(client)
@@ -531,9 +551,11 @@ def test_a_client_that_is_killed_counts_as_cancelled(
     try:
         assert child.stdout is not None
         assert child.stdout.readline() == "token\n"
-        assert used_pages(client.loads()) > 0
+        with ranks_paused():
+            assert used_pages(client.loads()) > 0
+            child.kill()
     finally:
-        child.send_signal(signal.SIGKILL)
+        child.kill()
         child.communicate(timeout=PATIENCE_S)
     record_property("freed_after_s", wait_idle(client))
     assert generated(client) - before < LONG, "the output was cut short"
