@@ -54,8 +54,8 @@ from benchmarks.device import (
 from benchmarks.kernel_formats import FORMATS
 from benchmarks.stand_in_params import params_for
 from kvmesh.kernels.attention import AttentionBatch, paged_attention, triton_attention
+from kvmesh.kernels.attention.triton_form import Geometry
 from kvmesh.kernels.attention.triton_launch import (
-    Geometry,
     Launch,
     decode_launch,
     takes_integer_path,
@@ -230,10 +230,8 @@ def _naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype
 
 def launch_of(fmt: KVFormat, shape: Shape) -> tuple[str, Launch]:
     """The path that decode takes, and how it is compiled."""
-    integer = takes_integer_path(
-        fmt, shape.head_dim, PAGE_SIZE, dtype=torch.bfloat16, capability=CAPABILITY
-    )
     geometry = Geometry(shape.kv_heads, shape.group, shape.head_dim, PAGE_SIZE)
+    integer = takes_integer_path(fmt, geometry, CAPABILITY)
     launch = decode_launch(fmt, geometry, CAPABILITY, integer=integer)
     if integer:
         return "integer", launch

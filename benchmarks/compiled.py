@@ -47,9 +47,9 @@ from benchmarks.sass import (
 from kvmesh.kernels.attention.latent_form import OPTIONS as LATENT_OPTIONS
 from kvmesh.kernels.attention.latent_form import form_of
 from kvmesh.kernels.attention.triton_decode import decode_merge_kernel
+from kvmesh.kernels.attention.triton_form import Geometry
 from kvmesh.kernels.attention.triton_latent import latent_kernel
 from kvmesh.kernels.attention.triton_launch import (
-    Geometry,
     Launch,
     decode_launch,
     prefill_launch,
@@ -64,19 +64,17 @@ from kvmesh.kernels.attention.triton_prefill import prefill_merge_kernel
 from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.kernels.formats.registry import format_of_model, get_format
 from kvmesh.kernels.linear import GroupedWeight, Kind
-from kvmesh.kernels.linear.triton_grouped import (
+from kvmesh.kernels.linear.triton_linear import (
     FIXED_TILE,
     add_parts_kernel,
     decode_kernel,
     form_for,
-    grouped_kernel,
+    linear_kernel,
 )
-from kvmesh.kernels.linear.triton_grouped import options as grouped_options
-from kvmesh.kernels.linear.triton_linear import OPTIONS, TILE, fixed_linear_kernel
-from kvmesh.kernels.linear.triton_tiles import pointers, weight_form
+from kvmesh.kernels.linear.triton_tiles import WeightForm, pointers, weight_form
+from kvmesh.kernels.linear.triton_tiles import options as linear_options
 from kvmesh.kernels.merge.triton_merge import merge_kernel
-from kvmesh.kernels.moe import GatedUnit
-from kvmesh.kernels.moe.triton_moe import BLOCK_N, down_kernel, gate_up_kernel, unit
+from kvmesh.kernels.moe.triton_moe import BLOCK_N, Groups, down_kernel, gate_up_kernel
 from kvmesh.kernels.moe.triton_moe import options as expert_options
 from kvmesh.kernels.seal.triton_seal import NUM_WARPS, seal_form, seal_kernel
 from kvmesh.kernels.write.triton_write import write_kernel
@@ -100,7 +98,7 @@ def kernels_of(
         "prefill": prefill_launch(fmt, geometry, gpu, **some),
     }
     yield "decoded pages", partial(compile_pages, prefill_launch(fmt, geometry, gpu), capability)
-    if takes_integer_path(fmt, head_dim, page_size, dtype=torch.bfloat16, capability=gpu):
+    if takes_integer_path(fmt, geometry, gpu):
         launches["decode, integer"] = decode_launch(
             fmt, geometry, gpu, integer=True, prefixes=True, softcap=True
         )
@@ -118,9 +116,10 @@ def latent_kernels(
     number = torch.empty(16, dtype=torch.bfloat16)
     sums, ints = torch.empty(16), torch.empty(16, dtype=torch.int32)
     pages = (number, number, torch.empty(16, dtype=torch.int8), sums, sums)
-    arguments = (*pages, *[ints] * 8, 64, LATENT_DIM * num_heads, LATENT_DIM, 16, 1.0)
-    windows, gpu = (1, 2, stride), divmod(capability, 10)
-    form = form_of(stored, num_heads, LATENT_DIM, page_size, 2, windows, gpu)
+    batch = BatchPointers(*[ints] * len(BatchPointers._fields))
+    arguments = (*pages, ints, ints, batch, 64, LATENT_DIM * num_heads, LATENT_DIM, 16, 1.0)
+    geometry = Geometry(1, num_heads, LATENT_DIM, page_size, stride=stride)
+    form = form_of(stored, geometry, (1, 2), divmod(capability, 10))
     how = (latent_kernel, arguments, {"FORM": form}, LATENT_OPTIONS)
     yield f"latents, {num_heads} heads", partial(compile_kernel, *how, capability)
 
@@ -162,12 +161,12 @@ def shared_kernels(
             (0, 0, 2, (2, 2)),
         ),
     ):
-        arguments = (sums, sums, number, sums, batch, *where, launch.form)
+        arguments = (number, sums, sums, sums, batch, *where, launch.form)
         how: dict[str, Any] = {"num_warps": 4}
         yield name, partial(compile_kernel, kernel, arguments, {}, how, capability)
-    inputs = {"IN": 8 * head_dim, "OUT": 3 * head_dim, "PRECISION": "tf32"}
-    fixed = (fixed_linear_kernel, (number, number, number, 8, 16), {**inputs, **TILE}, OPTIONS)
-    yield "fixed linear", partial(compile_kernel, *fixed, capability)
+    weight = torch.zeros(3 * head_dim, 8 * head_dim, dtype=number.dtype)
+    fixed = weight_form(weight, *FIXED_TILE)
+    yield "fixed linear", partial(compile_linear, weight, fixed, number, capability, has_bias=False)
     if capability >= 80:
         yield from grouped_kernels(head_dim, capability, kinds)
     yield from expert_kernels(head_dim, capability, kinds if capability >= 80 else ())
@@ -186,13 +185,9 @@ def grouped_kernels(
             ("many rows", form_for(weight, 1000)),
             ("fixed", weight_form(weight, *FIXED_TILE)),
         ):
-            arguments = (number, pointers(weight), number, number, 8, 16, 4)
-            constants = {"HAS_BIAS": True, "FORM": form}
-            how = grouped_options(form, torch.bfloat16)
-            constants["PRECISION"] = how.pop("PRECISION")
             yield (
                 f"grouped linear, {kind}, {rows}",
-                partial(compile_kernel, grouped_kernel, arguments, constants, how, capability),
+                partial(compile_linear, weight, form, number, capability),
             )
         form = weight_form(weight, 16, 64)
         decoding = (decode_kernel, (pointers(weight), number, 0, 64), {"FORM": form})
@@ -212,7 +207,7 @@ def expert_kernels(
     dtype = torch.bfloat16 if capability >= 80 else torch.float16
     number, sums = torch.empty(16, dtype=dtype), torch.empty(16)
     ints, order = (torch.empty(16, dtype=kind) for kind in (torch.int32, torch.int64))
-    groups = (order, ints, ints, ints)
+    groups = Groups(order, ints, ints, ints)
     hidden, width = 8 * head_dim, 3 * head_dim
     shapes = ((2 * width, hidden), (hidden, width))
     plain = [torch.zeros(2, *shape, dtype=dtype) for shape in shapes]
@@ -226,13 +221,29 @@ def expert_kernels(
         inward, outward = (weight_form(weight, rows, BLOCK_N) for weight in weights)
         how = expert_options(inward, torch.bfloat16)
         constants = {"HAS_BIAS": True, "PRECISION": how.pop("PRECISION")}
-        gated = {**unit(GatedUnit(1.702, 7.0, 1.0)), **constants, "TOP_K": 8, "FORM": inward}
-        arguments = (number, *groups, pointers(weights[0]), number, number, 8)
+        unit = {"ALPHA": 1.702, "LIMIT": 7.0, "SHIFT": 1.0}
+        gated = {**unit, **constants, "TOP_K": 8, "FORM": inward}
+        arguments = (number, groups, pointers(weights[0]), number, number, 8)
         gate_up = (gate_up_kernel, arguments, gated, how)
         yield f"experts, gate and up, {what}", partial(compile_kernel, *gate_up, capability)
-        last = (number, *groups, pointers(weights[1]), number, sums, sums, 8)
+        last = (number, groups, pointers(weights[1]), number, sums, sums, 8)
         down = (down_kernel, last, {**constants, "FORM": outward}, how)
         yield f"experts, down, {what}", partial(compile_kernel, *down, capability)
+
+
+def compile_linear(
+    weight: torch.Tensor | GroupedWeight,
+    form: WeightForm,
+    number: torch.Tensor,
+    capability: int,
+    *,
+    has_bias: bool = True,
+) -> Any:
+    """number: of the inputs' dtype"""
+    arguments = (number, pointers(weight), number, number, 8, 16, 4)
+    how = linear_options(form, number.dtype)
+    constants = {"HAS_BIAS": has_bias, "FORM": form, "PRECISION": how.pop("PRECISION")}
+    return compile_kernel(linear_kernel, arguments, constants, how, capability)
 
 
 def compile_pages(launch: Launch, capability: int) -> Any:

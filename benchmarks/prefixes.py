@@ -31,6 +31,7 @@ from benchmarks.baselines import Shape
 from benchmarks.device import DEVICE, clocks, conditions, free_bytes, seconds
 from benchmarks.kernel_formats import FORMATS
 from kvmesh.kernels.attention import SharedPrefixes
+from kvmesh.kernels.attention.triton_form import Geometry
 from kvmesh.kernels.attention.triton_launch import sharers
 from kvmesh.kernels.formats.registry import get_format
 
@@ -62,8 +63,8 @@ class Row:
 
 def measure(name: str, shape: Shape, shared: int) -> Row | None:
     fmt = get_format(name)
-    geometry = (fmt, shape.head_dim, shape.group, PAGE_SIZE)
-    min_members, max_members = sharers(*geometry, DTYPE, CAPABILITY)
+    geometry = Geometry(shape.kv_heads, shape.group, shape.head_dim, PAGE_SIZE, DTYPE.itemsize)
+    min_members, max_members = sharers(fmt, geometry, CAPABILITY)
     members = min(max_members, shape.batch)
     needed, free = case_bytes(fmt, shape), free_bytes()
     if members < min_members or (free is not None and needed > free):

@@ -44,8 +44,8 @@ import triton
 from benchmarks.kernel_formats import FORMATS
 from benchmarks.stand_in_gpu import StandInGpu
 from benchmarks.styles import STYLES, style_kernel
+from kvmesh.kernels.attention.triton_form import Geometry
 from kvmesh.kernels.attention.triton_launch import (
-    Geometry,
     Launch,
     decode_launch,
     prefill_launch,
@@ -120,8 +120,8 @@ def launch_of(
 ) -> tuple[str, Launch]:
     fmt = get_format(name)
     gpu = divmod(capability, 10)
-    integer = takes_integer_path(fmt, head_dim, page_size, dtype=torch.bfloat16, capability=gpu)
     geometry = Geometry(NUM_KV_HEADS, group, head_dim, page_size)
+    integer = takes_integer_path(fmt, geometry, gpu)
     launch = decode_launch(fmt, geometry, gpu, integer=integer)
     return "integer" if integer else "plain", launch
 
@@ -152,7 +152,7 @@ def style_launch(style: str, head_dim: int, group: int, page_size: int) -> Launc
         "HEAD_DIM": head_dim,
     }
     form: Any = StyleForm(page_size, constants)
-    return Launch(style_kernel, form, 2, {"num_warps": 4, "num_stages": 3})
+    return Launch(style_kernel, form, {"num_warps": 4, "num_stages": 3})
 
 
 def compile_style(launch: Launch, capability: int) -> Any:

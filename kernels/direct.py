@@ -11,6 +11,8 @@ Triton's.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,11 +38,7 @@ class BoundKernel:
     def __call__(self, grid: Grid, *tensors: torch.Tensor) -> None:
         """Launch it for these tensors, all on the current device."""
         pointers = [x.data_ptr() for x in tensors]
-        variant = (
-            tensors[0].get_device(),
-            *[x.dtype for x in tensors],
-            *[pointer % ALIGNMENT for pointer in pointers],
-        )
+        variant = _variant(tensors, pointers)
         handle = self._handles.get(variant)
         if handle is not None:
             handle[grid](*pointers, *self._pointers)
@@ -50,6 +48,55 @@ class BoundKernel:
             self._handles[variant] = compiled
             # The driver takes addresses as they are, and asks about those of tensors.
             self._pointers = _addresses(self._fixed)
+
+
+@dataclass(frozen=True, slots=True)
+class BoundLaunch:
+    """One of `BoundLaunches`.
+
+    kernel, fixed, options: as of a `BoundKernel`; takes: which of the launches' tensors are its
+    """
+
+    kernel: Any
+    fixed: tuple[Any, ...]
+    options: dict[str, Any]
+    grid: Grid
+    takes: slice
+
+
+class BoundLaunches:
+    """Launches one after the other, which look at the tensors that they are for once."""
+
+    __slots__ = ("_launches", "_ready")
+
+    def __init__(self, launches: Iterable[BoundLaunch]) -> None:
+        self._launches = tuple(launches)
+        self._ready: dict[Any, tuple[Any, ...]] = {}
+
+    def __iter__(self) -> Iterator[BoundLaunch]:
+        return iter(self._launches)
+
+    def __call__(self, *tensors: torch.Tensor) -> None:
+        """Launch them for these tensors, all on the current device."""
+        pointers = [x.data_ptr() for x in tensors]
+        variant = _variant(tensors, pointers)
+        ready = self._ready.get(variant)
+        if ready is None:
+            self._launch_first(variant, tensors)
+            return
+        for run, takes, fixed in ready:
+            run(*pointers[takes], *fixed)
+
+    def _launch_first(self, variant: Any, tensors: tuple[torch.Tensor, ...]) -> None:
+        """One by one, remembering how to for tensors alike."""
+        found = []
+        for launch in self._launches:
+            arguments = (*tensors[launch.takes], *launch.fixed)
+            compiled = launch.kernel[launch.grid](*arguments, **launch.options)
+            if compiled is not None:
+                found.append((compiled[launch.grid], launch.takes, _addresses(launch.fixed)))
+        if len(found) == len(self._launches):
+            self._ready[variant] = tuple(found)
 
 
 class BoundKernels(dict[tuple[Any, ...], BoundKernel]):
@@ -73,6 +120,15 @@ class BoundKernels(dict[tuple[Any, ...], BoundKernel]):
         """After a change of Triton's driver; callers hold no `BoundKernel` of before."""
         for kernels in cls._all:
             kernels.clear()
+
+
+def _variant(tensors: tuple[torch.Tensor, ...], pointers: list[int]) -> tuple[Any, ...]:
+    """What of tensors Triton compiles variants for, and their device."""
+    return (
+        tensors[0].get_device(),
+        *[x.dtype for x in tensors],
+        *[pointer % ALIGNMENT for pointer in pointers],
+    )
 
 
 def _addresses(arguments: tuple[Any, ...]) -> tuple[Any, ...]:

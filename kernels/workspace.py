@@ -1,4 +1,4 @@
-"""What attention allocates on a GPU besides its arguments and its results, in bytes.
+"""What operators allocate on a GPU besides their arguments and their results, in bytes.
 
 Engines leave it free and `kvmesh plan` counts it, so it is arithmetic without torch. The operators
 divide their work by the same numbers.
@@ -36,6 +36,8 @@ FAR_TOKENS = 65536
 # 1.85 ps where kernels reach 28% of the tensor cores, 1.5 ps with FlashAttention 2's 35%. So it
 # pays from 1,000 to 2,000 rows on.
 MIN_FAR_ROWS = 2048
+# Of a slice of weights in few bits that a product with many rows has decoded at a time.
+DECODED_WEIGHT_BYTES = 64 << 20
 
 FP32_BYTES = 4
 

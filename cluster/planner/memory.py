@@ -16,7 +16,7 @@ from kvmesh.cluster.simulator.hardware import Gpu
 from kvmesh.cluster.simulator.service_time import BF16_BYTES
 from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.kernels.formats.registry import format_of_model
-from kvmesh.kernels.workspace import AttentionShape
+from kvmesh.kernels.workspace import DECODED_WEIGHT_BYTES, AttentionShape
 from kvmesh.workers.model.sizes import ModelSizes
 from kvmesh.workers.model.weight_coding import StoredWeights
 from kvmesh.workers.sizes import kv_heads_of_rank
@@ -27,8 +27,6 @@ CONTEXT_BYTES = 3 << 29
 # Rows of logits of the largest step that are computed at once, see workers/runner.py.
 LOGITS_ROWS = 128
 FP32_BYTES = 4
-# Weights in few bits that a large step has decoded at a time, see kernels/linear/triton_grouped.py.
-DECODED_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +71,7 @@ def rank_memory(
         model.sizes, layout.tp, max_num_batched_tokens, max_num_seqs, kvp=layout.kvp
     )
     if StoredWeights.of(weight_format, model.config).is_coded:
-        activations += DECODED_BYTES
+        activations += DECODED_WEIGHT_BYTES
     return RankMemory(
         total_bytes=gpu.nvml_bytes,
         free_bytes=round((1.0 - gpu_memory_utilization) * gpu.nvml_bytes),

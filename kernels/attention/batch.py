@@ -110,6 +110,23 @@ class AttentionBatch:
                 f"got {self.page_size}, {self.sink_pages}, {self.recent_pages}"
             )
 
+    @classmethod
+    def of_one_token(cls, page_size: int, device: torch.device) -> AttentionBatch:
+        """A sequence of one token in page 0, for warming up."""
+        ids = torch.zeros(1, 1, dtype=torch.int32, device=device)
+        return cls(
+            query_starts=torch.tensor([0, 1], dtype=torch.int32, device=device),
+            seq_lens=ids[0] + 1,
+            rows=ids[0],
+            hot_tables=ids,
+            sealed_tables=ids,
+            page_size=page_size,
+            sink_pages=0,
+            recent_pages=0,
+            max_query_len=1,
+            max_seq_len=1,
+        )
+
     def by_query(self) -> AttentionBatch:
         """Each new token as a sequence of its own that ends with it, derived on first use; without
         `prefixes`. Here and not on the device: for CPUs."""

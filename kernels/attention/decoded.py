@@ -15,6 +15,7 @@ import torch
 from kvmesh.kernels import workspace
 from kvmesh.kernels.attention import triton_attention
 from kvmesh.kernels.attention.batch import AttentionBatch
+from kvmesh.kernels.attention.layer import LayerAttention
 from kvmesh.kernels.attention.window import Windows
 from kvmesh.kernels.attention.work import Lengths
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams
@@ -26,28 +27,17 @@ def paged_attention(
     hot: torch.Tensor,
     sealed: torch.Tensor,
     batch: AttentionBatch,
-    *,
-    fmt: KVFormat,
-    scale: float,
-    params: LayerParams = NO_PARAMS,
-    softcap: float | None = None,
-    sliding_window: int | None = None,
+    layer: LayerAttention,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same signature as the public operator."""
-    fmt.check_params(params)
+    """See the public operator."""
+    layer.fmt.check_params(layer.params)
+    plain = replace(layer, fmt=get_format("exact"), params=NO_PARAMS)
     out = torch.zeros_like(q)
     lse = torch.full(q.shape[:2], -torch.inf, device=q.device)
-    for tokens, ids, part in _parts(batch, sliding_window):
-        exact = _exact_pages(sealed, ids, fmt, params, hot)
+    for tokens, ids, part in _parts(batch, layer.sliding_window):
+        pages = _exact_pages(sealed, ids, layer.fmt, layer.params, hot)
         out[tokens], lse[tokens] = triton_attention.paged_attention(
-            q[tokens],
-            hot,
-            exact,
-            part,
-            fmt=get_format("exact"),
-            scale=scale,
-            softcap=softcap,
-            sliding_window=sliding_window,
+            q[tokens], hot, pages, part, plain
         )
     return out, lse
 

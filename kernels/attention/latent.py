@@ -17,11 +17,14 @@ import torch
 from kvmesh.kernels import workspace
 from kvmesh.kernels.attention.batch import AttentionBatch
 from kvmesh.kernels.attention.latent_form import OPTIONS, form_of
+from kvmesh.kernels.attention.layer import LayerAttention
+from kvmesh.kernels.attention.triton_form import Geometry
 from kvmesh.kernels.attention.triton_latent import latent_kernel
+from kvmesh.kernels.attention.triton_parts import BatchPointers
 from kvmesh.kernels.attention.window import Ints
 from kvmesh.kernels.attention.work import Lengths
 from kvmesh.kernels.direct import BoundKernel, Grid
-from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams
+from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.kernels.gpu import gpu_of
 from kvmesh.kernels.merge.triton_merge import MERGE_OPTIONS, channel_blocks, merge_kernel
 
@@ -49,18 +52,14 @@ def paged_attention(
     hot: torch.Tensor,
     sealed: torch.Tensor,
     batch: AttentionBatch,
-    *,
-    fmt: KVFormat,
-    scale: float,
-    params: LayerParams = NO_PARAMS,
-    softcap: float | None = None,
-    sliding_window: int | None = None,
+    layer: LayerAttention,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same signature as the public operator, for formats with values in keys.
+    """See the public operator; for formats with values in keys.
 
     Raises ValueError for a softcap or a window, which no model with latents has.
     """
-    if softcap is not None or sliding_window is not None:
+    fmt, scale = layer.fmt, layer.scale
+    if layer.softcap is not None or layer.sliding_window is not None:
         raise ValueError("softcap, sliding_window: expected None where values are in keys")
     key = ("latent", fmt.name, q.shape, q.stride(), scale)
     step = batch.plans.get(key)
@@ -90,23 +89,17 @@ def paged_attention(
 def _rows(
     q: torch.Tensor, hot: torch.Tensor, batch: AttentionBatch, fmt: KVFormat, scale: float
 ) -> Iterator[_Rows]:
-    num_heads, capability = q.shape[1], gpu_of(q).capability
-    page_size, head_dim = hot.shape[3:]
-    windows = (batch.sink_pages, batch.recent_pages, batch.stride)
-    form = form_of(fmt, num_heads, head_dim, page_size, hot.element_size(), windows, capability)
+    num_heads, windows = q.shape[1], (batch.sink_pages, batch.recent_pages)
+    geometry = Geometry.of(hot, num_heads, batch.stride)
+    form = form_of(fmt, geometry, windows, gpu_of(q).capability)
     for tokens, seqs, parts in _divide(batch, num_heads * form.values):
         both = torch.from_numpy(np.stack((tokens, seqs))).to(q.device)
         token_ids, seq_ids = both.int()
-        part_columns = max(1, workspace.LATENT_PART_TOKENS // page_size)
+        part_columns = max(1, workspace.LATENT_PART_TOKENS // batch.page_size)
         fixed = (
             token_ids,
             seq_ids,
-            batch.query_starts,
-            batch.seq_lens,
-            batch.rows,
-            batch.rows if batch.firsts is None else batch.firsts,
-            batch.hot_tables,
-            batch.sealed_tables,
+            BatchPointers.of(batch, batch.rows, batch.rows),
             batch.hot_tables.stride(0),
             q.stride(0),
             q.stride(1),

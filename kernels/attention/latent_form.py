@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import cache
 
+from kvmesh.kernels.attention.triton_form import Geometry
 from kvmesh.kernels.attention.triton_launch import shared_kib
 from kvmesh.kernels.formats.base import KVFormat, Side
 from kvmesh.kernels.formats.exact.side import Exact
@@ -45,22 +46,16 @@ class LatentForm(KernelConstants):
 
 @cache
 def form_of(
-    fmt: KVFormat,
-    num_heads: int,
-    head_dim: int,
-    page_size: int,
-    itemsize: int,
-    windows: tuple[int, int, int],
-    capability: Capability | None,
+    fmt: KVFormat, geometry: Geometry, windows: tuple[int, int], capability: Capability | None
 ) -> LatentForm:
-    """itemsize: of the compute dtype; windows: sink pages, recent pages and stride"""
-    values = fmt.values_in_keys
+    """windows: sink pages and recent pages"""
+    values, head_dim, page_size = fmt.values_in_keys, geometry.head_dim, geometry.page_size
     code, width = _code_of(fmt.k)
-    sink_pages, recent_pages, stride = windows
+    sink_pages, recent_pages = windows
     return LatentForm(
         code=code,
         width=width,
-        num_heads=num_heads,
+        num_heads=geometry.group,
         heads=HEADS,
         head_dim=head_dim,
         values=values,
@@ -69,10 +64,10 @@ def form_of(
         # Two tiles of 32 keys of 576 channels, for two uses, take 106 KiB.
         block_n=math.gcd(page_size, 32 if shared_kib(capability) > 106 else 16),
         page_size=page_size,
-        page_bytes=fmt.page_bytes(page_size, head_dim, itemsize),
+        page_bytes=fmt.page_bytes(page_size, head_dim, geometry.dtype_bytes),
         sink_pages=sink_pages,
         recent_pages=recent_pages,
-        stride=stride,
+        stride=geometry.stride,
     )
 
 

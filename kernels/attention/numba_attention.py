@@ -13,10 +13,11 @@ from kvmesh.kernels.addresses_numba import Record, address_of, record_of
 from kvmesh.kernels.attention import reference
 from kvmesh.kernels.attention.batch import AttentionBatch
 from kvmesh.kernels.attention.batch_pages import check_queries, firsts_of, missing_page
+from kvmesh.kernels.attention.layer import LayerAttention
 from kvmesh.kernels.attention.numba_loop import DecodeLoop, decode_loop, missing_of
 from kvmesh.kernels.attention.numba_records import SEQUENCES, pages_record
 from kvmesh.kernels.attention.window import columns_below
-from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams
+from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.kernels.merge import merge_states
 from kvmesh.kernels.threads import loop_threads
 
@@ -68,20 +69,15 @@ def paged_attention(
     hot: torch.Tensor,
     sealed: torch.Tensor,
     batch: AttentionBatch,
-    *,
-    fmt: KVFormat,
-    scale: float,
-    params: LayerParams = NO_PARAMS,
-    softcap: float | None = None,
-    sliding_window: int | None = None,
+    layer: LayerAttention,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if batch.deterministic:
         batch = batch.by_query()
     num_tokens, num_heads, head_dim = q.shape
     num_pages, _, num_kv_heads, page_size, _ = hot.shape
-    loop = decode_loop(fmt, page_size, head_dim, DTYPES[hot.dtype])
+    loop = decode_loop(layer.fmt, page_size, head_dim, DTYPES[hot.dtype])
     if loop is None:
-        raise ValueError(f"fmt: {fmt.name} has no compiled loop; use the reference backend")
+        raise ValueError(f"fmt: {layer.fmt.name} has no compiled loop; use the reference backend")
     plan = decode_plan(batch, num_kv_heads)
     shape = (plan.splits, num_tokens, num_heads, loop.value_dim)
     out = torch.empty(shape, dtype=torch.float32)
@@ -94,11 +90,11 @@ def paged_attention(
         sealed.data_ptr(),
         (num_pages, sealed.shape[0]),
         (num_heads, num_kv_heads),
-        scale,
-        softcap,
-        sliding_window,
+        layer.scale,
+        layer.softcap,
+        layer.sliding_window,
     )
-    sequences, layer = address_of(plan.sequences), address_of(pages)
+    records = address_of(plan.sequences), address_of(pages)
     queries = q.float().contiguous()
     rows = (queries.data_ptr(), out.data_ptr(), lse.data_ptr(), num_tokens)
 
@@ -106,7 +102,7 @@ def paged_attention(
         if not len(share):  # nothing decodes, so the loop need not be compiled
             return -1
         work = (address_of(share), len(share), scratch.data_ptr())
-        return loop.attend(sequences, layer, *work, *rows)  # type: ignore[no-any-return]
+        return loop.attend(*records, *work, *rows)  # type: ignore[no-any-return]
 
     first, *more = zip(plan.shares, plan.scratch(loop, num_heads // num_kv_heads), strict=True)
     others = [loop_threads().submit(attend, *each) for each in more]
@@ -118,19 +114,7 @@ def paged_attention(
         out, lse = out[0], lse[0]
     out = out.to(q.dtype)
     if batch.max_query_len > 1:
-        reference.attend_chunks(
-            q,
-            hot,
-            sealed,
-            batch,
-            out,
-            lse,
-            fmt=fmt,
-            scale=scale,
-            params=params,
-            softcap=softcap,
-            sliding_window=sliding_window,
-        )
+        reference.attend_chunks(q, hot, sealed, batch, layer, out, lse)
     return out, lse
 
 

@@ -12,6 +12,7 @@ import torch
 from kvmesh.kernels import gpu
 from kvmesh.kernels.attention import dense, reference
 from kvmesh.kernels.attention.batch import AttentionBatch
+from kvmesh.kernels.attention.layer import LayerAttention
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams
 from kvmesh.kernels.formats.registry import get_format
 
@@ -87,17 +88,8 @@ def paged_attention(
         raise ValueError(f"softcap: expected None or a number > 0, got {softcap}")
     if sliding_window == 0:
         raise ValueError("sliding_window: expected None, >= 1 or, for chunks, <= -1, got 0")
-    return _implementation(fmt, hot, backend)(
-        q,
-        hot,
-        sealed,
-        batch,
-        fmt=fmt,
-        scale=scale,
-        params=params,
-        softcap=softcap,
-        sliding_window=sliding_window,
-    )
+    layer = LayerAttention(fmt, scale, params, softcap, sliding_window)
+    return _implementation(fmt, hot, backend)(q, hot, sealed, batch, layer)
 
 
 def sharers(fmt: KVFormat, hot: torch.Tensor, num_heads: int) -> tuple[int, int]:
@@ -105,16 +97,14 @@ def sharers(fmt: KVFormat, hot: torch.Tensor, num_heads: int) -> tuple[int, int]
 
     hot: as in `paged_attention`; num_heads: query heads
     """
-    num_kv_heads, page_size, head_dim = hot.shape[2:]
-    group = num_heads // num_kv_heads
     if not gpu.runs_kernels(hot):
-        return 2, max(2, CPU_SHARED_ROWS // group)
-    from kvmesh.kernels.attention import triton_launch
+        return 2, max(2, CPU_SHARED_ROWS // (num_heads // hot.shape[2]))
+    from kvmesh.kernels.attention import triton_form, triton_launch
 
     if not fmt.has_kernels:  # pages are decoded for each sequence
         return 2, 2
-    capability = gpu.gpu_of(hot).capability
-    return triton_launch.sharers(fmt, head_dim, group, page_size, hot.dtype, capability)
+    geometry = triton_form.Geometry.of(hot, num_heads)
+    return triton_launch.sharers(fmt, geometry, gpu.gpu_of(hot).capability)
 
 
 def warm_up(
@@ -129,19 +119,7 @@ def warm_up(
 
     hot, sealed, fmt, params: as in `paged_attention`; page 0 is read and may hold anything
     """
-    ids = torch.zeros(1, 1, dtype=torch.int32, device=hot.device)
-    batch = AttentionBatch(
-        query_starts=torch.tensor([0, 1], dtype=torch.int32, device=hot.device),
-        seq_lens=torch.ones(1, dtype=torch.int32, device=hot.device),
-        rows=ids[0],
-        hot_tables=ids,
-        sealed_tables=ids,
-        page_size=hot.shape[3],
-        sink_pages=0,
-        recent_pages=0,
-        max_query_len=1,
-        max_seq_len=1,
-    )
+    batch = AttentionBatch.of_one_token(hot.shape[3], hot.device)
     q = torch.zeros(1, num_heads, hot.shape[4], dtype=hot.dtype, device=hot.device)
     paged_attention(q, hot, sealed, batch, fmt=fmt, scale=1.0, params=params)
 
@@ -161,7 +139,7 @@ def can_be_deterministic(fmt: KVFormat, hot: torch.Tensor) -> bool:
     """Whether the kernels or loops that a deterministic batch needs exist; fmt, hot: as in
     `paged_attention`."""
     if gpu.runs_kernels(hot):
-        return not fmt.comparison and not fmt.values_in_keys
+        return fmt.has_kernels
     return _cpu_backend(fmt, *hot.shape[3:], hot.dtype) == "numba"
 
 

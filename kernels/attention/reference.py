@@ -12,13 +12,8 @@ from kvmesh.kernels.attention.batch import AttentionBatch
 from kvmesh.kernels.attention.batch_pages import HotSlots, SealedPages
 from kvmesh.kernels.attention.chunk_blocks import ChunkBlock, chunk_blocks
 from kvmesh.kernels.attention.decode_groups import DecodeGroup, decode_groups
-from kvmesh.kernels.formats.base import (
-    NO_PARAMS,
-    KVFormat,
-    LayerParams,
-    Params,
-    Side,
-)
+from kvmesh.kernels.attention.layer import LayerAttention
+from kvmesh.kernels.formats.base import PageShape, Params, Side
 
 # Maximum number of scores of one block, if they have to be stored: 32 MiB of fp32.
 MAX_SCORES = 8 * 1024 * 1024
@@ -29,24 +24,18 @@ def paged_attention(
     hot: torch.Tensor,
     sealed: torch.Tensor,
     batch: AttentionBatch,
-    *,
-    fmt: KVFormat,
-    scale: float,
-    params: LayerParams = NO_PARAMS,
-    softcap: float | None = None,
-    sliding_window: int | None = None,
+    layer: LayerAttention,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    num_tokens, num_heads, head_dim = q.shape
-    groups = decode_groups(batch, hot.shape[1], hot.shape[2], sliding_window)
-    layer = _Layer(hot, sealed, fmt, params, scale, softcap)
+    num_tokens, num_heads, _ = q.shape
+    groups = decode_groups(batch, hot.shape[1], hot.shape[2], layer.sliding_window)
+    pages = _LayerPages(hot, sealed, layer)
     if len(groups) == 1 and groups[0].size == num_tokens:
-        return layer.decode(q, groups[0])
-    out = q.new_zeros(num_tokens, num_heads, fmt.values_in_keys or head_dim)
+        return pages.decode(q, groups[0])
+    out = q.new_zeros(num_tokens, num_heads, pages.value_dim)
     lse = torch.full((num_tokens, num_heads), -torch.inf, dtype=torch.float32, device=q.device)
     for group in groups:
-        out[group.tokens], lse[group.tokens] = layer.decode(q[group.tokens], group)
-    for block in chunk_blocks(batch, hot.shape[1], hot.shape[2], sliding_window):
-        out[block.tokens], lse[block.tokens] = layer.prefill(q[block.tokens], block)
+        out[group.tokens], lse[group.tokens] = pages.decode(q[group.tokens], group)
+    attend_chunks(q, hot, sealed, batch, layer, out, lse)
     return out, lse
 
 
@@ -55,48 +44,33 @@ def attend_chunks(
     hot: torch.Tensor,
     sealed: torch.Tensor,
     batch: AttentionBatch,
+    layer: LayerAttention,
     out: torch.Tensor,
     lse: torch.Tensor,
-    *,
-    fmt: KVFormat,
-    scale: float,
-    params: LayerParams,
-    softcap: float | None,
-    sliding_window: int | None,
 ) -> None:
     """Compute the sequences with several new tokens, writing into out and lse."""
-    layer = _Layer(hot, sealed, fmt, params, scale, softcap)
-    for block in chunk_blocks(batch, hot.shape[1], hot.shape[2], sliding_window):
-        out[block.tokens], lse[block.tokens] = layer.prefill(q[block.tokens], block)
+    pages = _LayerPages(hot, sealed, layer)
+    for block in chunk_blocks(batch, hot.shape[1], hot.shape[2], layer.sliding_window):
+        out[block.tokens], lse[block.tokens] = pages.prefill(q[block.tokens], block)
 
 
-class _Layer:
+class _LayerPages:
     """One layer's pages, and attention over parts of them.
 
     Where values are in keys, it sums whole keys: torch's attention on CPUs wants values as wide as
     keys, and what is too much is cut off at the end.
     """
 
-    def __init__(
-        self,
-        hot: torch.Tensor,
-        sealed: torch.Tensor,
-        fmt: KVFormat,
-        params: LayerParams,
-        scale: float,
-        softcap: float | None,
-    ) -> None:
+    def __init__(self, hot: torch.Tensor, sealed: torch.Tensor, layer: LayerAttention) -> None:
+        self.fmt, self.params = layer.fmt, layer.params
+        self.scale, self.softcap = layer.scale, layer.softcap
         self.sides, self.num_kv_heads, self.page_size, self.head_dim = hot.shape[1:]
-        self.value_dim = fmt.values_in_keys or self.head_dim
+        self.value_dim = self.fmt.values_in_keys or self.head_dim
         self.hot = hot
         self.dtype = hot.dtype
         pages = sealed.view(-1, sealed.shape[-1])
-        middle = fmt.k.num_bytes(self.page_size, self.head_dim, hot.element_size())
+        middle = self.fmt.k.num_bytes(self.page_size, self.head_dim, hot.element_size())
         self.sealed_k, self.sealed_v = pages[:, :middle], pages[:, middle:]
-        self.fmt = fmt
-        self.params = params
-        self.scale = scale
-        self.softcap = softcap
 
     def decode(self, q: torch.Tensor, group: DecodeGroup) -> tuple[torch.Tensor, torch.Tensor]:
         """q [b, num_heads, head_dim], one query per sequence."""
@@ -208,8 +182,8 @@ class _Layer:
         picked = sealed.index_select(0, pages.index).view(
             pages.rows // heads, heads, -1, sealed.shape[1]
         )
-        shape = (self.page_size, self.head_dim, self.dtype, params)
-        x = side.codec().decode(side, picked.transpose(1, 2).flatten(0, 1), *shape)
+        shape = PageShape(self.page_size, self.head_dim, self.dtype)
+        x = side.codec().decode(side, picked.transpose(1, 2).flatten(0, 1), shape, params)
         x = x.unflatten(0, (pages.rows // heads, -1)).transpose(1, 2)
         # Torch's attention on CPUs gives wrong results for other strides.
         return x.reshape(pages.rows, -1, self.head_dim).contiguous()  # type: ignore[no-any-return]

@@ -144,10 +144,10 @@ def _store(state, out_ptr, lse_ptr, out_row, heads, FORM: tl.constexpr):
     do_not_specialize=["batch", "first_slot", "first_seq", "end_seq", "num_seqs", "num_tokens"]
 )
 def decode_merge_kernel(
-    outs_ptr,
-    lses_ptr,
     out_ptr,
     lse_ptr,
+    outs_ptr,
+    lses_ptr,
     batch,
     first_slot,
     first_seq,
@@ -170,17 +170,10 @@ def decode_merge_kernel(
         num_parts = tl.load(batch.starts + seq + 1) - start
         if num_parts > 0:
             token = tl.load(batch.query_starts + seq).to(tl.int64)
-            merge_row(
-                outs_ptr,
-                lses_ptr,
-                out_ptr,
-                lse_ptr,
-                (start - first_slot).to(tl.int64) * FORM.num_heads + head,
-                NUM_HEADS,
-                num_parts,
-                token * FORM.num_heads + head,
-                HEAD_DIM,
-            )
+            parts, merged = (outs_ptr, lses_ptr), (out_ptr, lse_ptr)
+            first = (start - first_slot).to(tl.int64) * FORM.num_heads + head
+            to_row = token * FORM.num_heads + head
+            merge_row(parts, first, NUM_HEADS, num_parts, merged, to_row, HEAD_DIM)
     if (seq >= tl.load(batch.query_starts + num_seqs)) & (seq < num_tokens):
         offs_d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
         at = seq.to(tl.int64) * FORM.num_heads + head

@@ -10,8 +10,8 @@ import torch
 from kvmesh.kernels.attention.batch import AttentionBatch
 from kvmesh.kernels.attention.dense import DenseAttention
 from kvmesh.kernels.attention.far import FarKeys, workspace_numbers
-from kvmesh.kernels.attention.triton_form import Form
-from kvmesh.kernels.attention.triton_launch import Geometry, prefill_launch
+from kvmesh.kernels.attention.triton_form import Form, Geometry
+from kvmesh.kernels.attention.triton_launch import prefill_launch
 from kvmesh.kernels.attention.triton_pages import NUM_WARPS, decode_pages_kernel
 from kvmesh.kernels.direct import BoundKernel, Grid
 from kvmesh.kernels.formats.base import KVFormat
@@ -87,19 +87,7 @@ def warm_up(hot: torch.Tensor, num_heads: int, fmt: KVFormat, dense: DenseAttent
     """Attend from one token to one page of zeros, as large chunks do to many."""
     num_kv_heads, page_size, head_dim = hot.shape[2:]
     form = prefill_launch(fmt, Geometry.of(hot, num_heads), gpu_of(hot).capability).form
-    ids = torch.zeros(1, 1, dtype=torch.int32, device=hot.device)
-    batch = AttentionBatch(
-        query_starts=torch.tensor([0, 1], dtype=torch.int32, device=hot.device),
-        seq_lens=ids[0] + 1,
-        rows=ids[0],
-        hot_tables=ids,
-        sealed_tables=ids,
-        page_size=page_size,
-        sink_pages=0,
-        recent_pages=0,
-        max_query_len=1,
-        max_seq_len=1,
-    )
+    batch = AttentionBatch.of_one_token(page_size, hot.device)
     keys = (FarKeys(0, slice(0, 1), 0, 1),)
     page_bytes = fmt.page_bytes(page_size, head_dim, hot.element_size())
     sealed = torch.zeros(1, num_kv_heads, page_bytes, dtype=torch.int8, device=hot.device)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvmesh.kernels.attention.triton_parts import columns_below
+from kvmesh.kernels.attention.triton_parts import columns_below, first_of, page_of
 from kvmesh.kernels.formats.fp8.triton import from_e4m3
 from kvmesh.kernels.formats.tiles_triton import load_bf16
 
@@ -99,8 +99,7 @@ def _attend(
     for tile in range(from_column * TILES, end_column * TILES):
         column = tile // TILES
         slots = tile % TILES * FORM.block_n + offs_n
-        page_id = tl.load(table_ptr + column).to(tl.int64)
-        page_ptr = pages_ptr + page_id * BYTES
+        page_ptr = pages_ptr + page_of(table_ptr, column) * BYTES
         k_values = _tile(page_ptr, slots, of_values, HOT, DTYPE, FORM)
         k_rest = _tile(page_ptr, slots, of_rest, HOT, DTYPE, FORM)
         keys = (first + FORM.stride * column) * FORM.page_size + slots
@@ -129,12 +128,7 @@ def latent_kernel(
     lse_ptr,
     tokens_ptr,
     seqs_ptr,
-    query_starts_ptr,
-    seq_lens_ptr,
-    rows_ptr,
-    firsts_ptr,
-    hot_tables_ptr,
-    sealed_tables_ptr,
+    batch,
     stride_table,
     stride_q_token,
     stride_q_head,
@@ -144,7 +138,7 @@ def latent_kernel(
 ):
     """Program (row and a block of heads, part).
 
-    tokens, seqs: of each row, its row of q and its sequence
+    tokens, seqs: of each row, its row of q and its sequence; batch: `BatchPointers`
     part_columns: of a part, in columns of the tables
     qk_scale: makes base-2 logarithms of products
     out: [parts, rows, num_heads, values], lse: [parts, rows, num_heads]; parts without a key have
@@ -156,12 +150,9 @@ def latent_kernel(
     num_rows = tl.num_programs(0) // BLOCKS
     token = tl.load(tokens_ptr + row).to(tl.int64)
     seq = tl.load(seqs_ptr + row)
-    position = (
-        tl.load(seq_lens_ptr + seq) - tl.load(query_starts_ptr + seq + 1) + token.to(tl.int32)
-    )
-    first = 0
-    if FORM.stride > 1:
-        first = tl.load(firsts_ptr + seq)
+    end_query = tl.load(batch.query_starts + seq + 1)
+    position = tl.load(batch.seq_lens + seq) - end_query + token.to(tl.int32)
+    first = first_of(batch, seq, FORM)
     heads = tl.program_id(0) % BLOCKS * FORM.heads + tl.arange(0, FORM.heads)
     offs_v = tl.arange(0, FORM.block_v)
     offs_r = FORM.values + tl.arange(0, FORM.block_r)
@@ -180,9 +171,9 @@ def latent_kernel(
     recent = tl.maximum(tl.minimum(columns_below(recent_page, first, FORM), end), sink)
     start = part * part_columns
     stop = tl.minimum(start + part_columns, end)
-    table_row = tl.load(rows_ptr + seq).to(tl.int64) * stride_table
-    hot_table_ptr = hot_tables_ptr + table_row
-    sealed_table_ptr = sealed_tables_ptr + table_row
+    table_row = tl.load(batch.rows + seq).to(tl.int64) * stride_table
+    hot_table_ptr = batch.hot_tables + table_row
+    sealed_table_ptr = batch.sealed_tables + table_row
 
     HEADS: tl.constexpr = FORM.heads
     BLOCK_V: tl.constexpr = FORM.block_v

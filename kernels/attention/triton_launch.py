@@ -5,17 +5,16 @@ The choices rest on instruction counts of the machine code (`benchmarks/sass.py`
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import torch
 import triton
 from triton.runtime.interpreter import InterpretedFunction
 
 from kvmesh.kernels import workspace
 from kvmesh.kernels.attention.triton_decode import decode_kernel
-from kvmesh.kernels.attention.triton_form import Form, form_of
+from kvmesh.kernels.attention.triton_form import Form, Geometry, form_of
 from kvmesh.kernels.attention.triton_prefill import prefill_kernel
 from kvmesh.kernels.attention.triton_prefix import prefix_kernel
 from kvmesh.kernels.attention.triton_sealed import HEADS
@@ -27,9 +26,6 @@ from kvmesh.kernels.formats.tiles_triton import format_kernels
 from kvmesh.kernels.gpu import Capability
 
 MAX_BLOCK_N = 64
-# Programs that a multiprocessor holds at a time. With four warps its shared memory is the limit;
-# with one warp the limit is its 65536 registers, of which a thread takes 170 to 250.
-PLAIN_PROGRAMS, ONE_WARP_PROGRAMS = 4, 9
 # Hot keys of a tile that one warp reads: 16 rows, keys and sums fit in its registers.
 ONE_WARP_HOT_N = 16
 # Maximum registers per thread. Without a limit the compiler picks 168 for some formats and
@@ -41,26 +37,25 @@ INTEGER_CAPABILITY = (8, 0)
 # With this many query rows, the integer loop (eight rows at a time) costs as much as the plain
 # loop over one tile of them all.
 MIN_SHARED_ROWS = 64
+# Of kernels that read a tile of sealed keys for many rows, on a multiprocessor.
+MANY_ROWS_WARPS = 8
 
 
 def takes_integer_path(
     fmt: KVFormat,
-    head_dim: int,
-    page_size: int,
-    *,
-    dtype: torch.dtype,
+    geometry: Geometry,
+    capability: Capability | None,
     sliding_window: int | None = None,
-    capability: Capability | None = None,
 ) -> bool:
     """Whether decode multiplies this format's codes on integer tensor cores.
 
     capability: of the GPU; None for the interpreter, which supports everything
     """
     return (
-        head_dim in INTEGER_HEAD_DIMS
-        and page_size % TOKENS == 0
+        geometry.head_dim in INTEGER_HEAD_DIMS
+        and geometry.page_size % TOKENS == 0
         and sliding_window is None
-        and (capability is None or (capability >= INTEGER_CAPABILITY and dtype.itemsize == 2))
+        and (capability is None or (capability >= INTEGER_CAPABILITY and geometry.dtype_bytes == 2))
         and all(map(_has_integer_codes, (fmt.k, fmt.v)))
     )
 
@@ -71,41 +66,12 @@ def _has_integer_codes(side: Side) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Geometry:
-    """A layer's heads and pages on one rank. group: query heads per KV head; stride: as in
-    `AttentionBatch`"""
-
-    num_kv_heads: int
-    group: int
-    head_dim: int
-    page_size: int
-    dtype_bytes: int = 2
-    stride: int = 1
-
-    @classmethod
-    def of(cls, hot: torch.Tensor, num_heads: int, stride: int = 1) -> Geometry:
-        """hot: as in `paged_attention`"""
-        num_kv_heads, page_size, head_dim = hot.shape[2:]
-        group = num_heads // num_kv_heads
-        return cls(num_kv_heads, group, head_dim, page_size, hot.element_size(), stride)
-
-    def form(self, fmt: KVFormat, **shape: Any) -> Form:
-        sizes = {item.name: getattr(self, item.name) for item in fields(self)}
-        return form_of(fmt, **sizes, **shape)
-
-
-@dataclass(frozen=True, slots=True)
 class Launch:
-    """How a kernel is compiled. programs: how many a multiprocessor holds at a time"""
+    """How a kernel is compiled."""
 
     kernel: Any
     form: Form
-    programs: int
     options: dict[str, Any]
-
-    def fill(self, processors: int) -> int:
-        """Programs for each KV head that fill the device once."""
-        return max(1, self.programs * processors // self.form.num_kv_heads)
 
 
 @cache
@@ -120,16 +86,17 @@ def decode_launch(
     prefixes: bool = False,
 ) -> Launch:
     """integer: sealed pages are read by the integer loop (`takes_integer_path`)"""
-    page_size, head_dim, group = geometry.page_size, geometry.head_dim, geometry.group
-    k, v = format_kernels(fmt)
-    flags = {"has_softcap": softcap, "has_window": window, "has_prefixes": prefixes}
+    head_dim, group = geometry.head_dim, geometry.group
     shape: dict[str, Any] = {
-        **flags,
-        "chunk_pages": max(1, workspace.DECODE_CHUNK_TOKENS // page_size),
+        "has_softcap": softcap,
+        "has_window": window,
+        "has_prefixes": prefixes,
+        "chunk_pages": _chunk_pages(workspace.DECODE_CHUNK_TOKENS, geometry),
     }
     if integer:
-        form = geometry.form(
+        form = form_of(
             fmt,
+            geometry,
             **shape,
             integer=True,
             ptx=not isinstance(decode_kernel, InterpretedFunction),
@@ -140,14 +107,14 @@ def decode_launch(
             stages=NUM_STAGES,
         )
         options = {"num_warps": 1, "num_stages": NUM_STAGES, "maxnreg": INTEGER_REGISTERS}
-        return Launch(decode_kernel, form, ONE_WARP_PROGRAMS, options)
-    one_warp = k.one_warp and v.one_warp and head_dim <= max(INTEGER_HEAD_DIMS)
+        return Launch(decode_kernel, form, options)
+    one_warp = all(side.one_warp for side in format_kernels(fmt))
+    one_warp &= head_dim <= max(INTEGER_HEAD_DIMS)
     tokens = _tile_tokens(geometry, capability)
-    stages = NUM_STAGES
-    if head_dim > 128 and shared_kib(capability) < 160:
-        stages = 1
-    form = geometry.form(
+    stages = 1 if head_dim > 128 and shared_kib(capability) < 160 else NUM_STAGES
+    form = form_of(
         fmt,
+        geometry,
         **shape,
         heads=group,
         block_m=max(16, triton.next_power_of_2(group)),
@@ -155,11 +122,7 @@ def decode_launch(
         hot_n=ONE_WARP_HOT_N if one_warp else tokens,
         hot_stages=1 if one_warp else stages,
     )
-    if one_warp:
-        options = {"num_warps": 1, "num_stages": stages}
-        return Launch(decode_kernel, form, ONE_WARP_PROGRAMS, options)
-    options = {"num_warps": 4, "num_stages": stages}
-    return Launch(decode_kernel, form, PLAIN_PROGRAMS, options)
+    return Launch(decode_kernel, form, {"num_warps": 1 if one_warp else 4, "num_stages": stages})
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,12 +162,11 @@ def prefill_launch(
     block_q = max(1, row_block(geometry.head_dim, capability).rows // geometry.group)
     shape = {
         "block_q": block_q,
-        "block_m": max(16, triton.next_power_of_2(block_q * geometry.group)),
-        "chunk_pages": max(1, workspace.PREFILL_CHUNK_TOKENS // geometry.page_size),
+        "chunk_pages": _chunk_pages(workspace.PREFILL_CHUNK_TOKENS, geometry),
         "has_softcap": softcap,
         "has_window": window,
     }
-    return _many_rows(prefill_kernel, fmt, geometry, capability, shape)
+    return _many_rows(prefill_kernel, fmt, geometry, capability, block_q, shape)
 
 
 @cache
@@ -212,13 +174,16 @@ def prefix_launch(
     fmt: KVFormat, geometry: Geometry, capability: Capability | None, *, softcap: bool = False
 ) -> Launch:
     """Shared prefixes; its form's chunks are those of decode."""
-    max_members = _max_sharers(geometry.head_dim, geometry.group, capability)
-    shape = {
-        "block_m": max(16, triton.next_power_of_2(max_members * geometry.group)),
-        "chunk_pages": max(1, workspace.DECODE_CHUNK_TOKENS // geometry.page_size),
-        "has_softcap": softcap,
-    }
-    return _many_rows(prefix_kernel, fmt, geometry, capability, shape)
+    members = _max_sharers(geometry, capability)
+    chunk_pages = _chunk_pages(workspace.DECODE_CHUNK_TOKENS, geometry)
+    shape = {"chunk_pages": chunk_pages, "has_softcap": softcap}
+    return _many_rows(prefix_kernel, fmt, geometry, capability, members, shape)
+
+
+def prefix_programs(launch: Launch, processors: int) -> int:
+    """Of `prefix_launch` for each KV head: so many that they fill the device once."""
+    at_once: int = MANY_ROWS_WARPS // launch.options["num_warps"] * processors
+    return max(1, at_once // launch.form.num_kv_heads)
 
 
 def _many_rows(
@@ -226,34 +191,39 @@ def _many_rows(
     fmt: KVFormat,
     geometry: Geometry,
     capability: Capability | None,
+    queries: int,
     shape: dict[str, Any],
 ) -> Launch:
+    """queries: of a tile of rows, for each of a KV head's query heads"""
     block = row_block(geometry.head_dim, capability)
     tokens = _tile_tokens(geometry, capability)
-    form = geometry.form(
-        fmt, **shape, block_n=tokens, hot_n=tokens, hot_stages=block.stages, dense=True
+    form = form_of(
+        fmt,
+        geometry,
+        dense=True,
+        **shape,
+        block_m=max(16, triton.next_power_of_2(queries * geometry.group)),
+        block_n=tokens,
+        hot_n=tokens,
+        hot_stages=block.stages,
     )
-    options = {"num_warps": block.warps, "num_stages": block.stages}
-    return Launch(kernel, form, max(1, 2 * 4 // block.warps), options)
+    return Launch(kernel, form, {"num_warps": block.warps, "num_stages": block.stages})
 
 
-def sharers(
-    fmt: KVFormat,
-    head_dim: int,
-    group: int,
-    page_size: int,
-    dtype: torch.dtype,
-    capability: Capability | None,
-) -> tuple[int, int]:
-    """Minimum and maximum members of a set of `SharedPrefixes`; group: query heads per KV head."""
-    max_members = _max_sharers(head_dim, group, capability)
-    integer = takes_integer_path(fmt, head_dim, page_size, dtype=dtype, capability=capability)
-    min_members = MIN_SHARED_ROWS // group if integer else 2
+def sharers(fmt: KVFormat, geometry: Geometry, capability: Capability | None) -> tuple[int, int]:
+    """Minimum and maximum members of a set of `SharedPrefixes`."""
+    max_members = _max_sharers(geometry, capability)
+    integer = takes_integer_path(fmt, geometry, capability)
+    min_members = MIN_SHARED_ROWS // geometry.group if integer else 2
     return max(2, min(min_members, max_members)), max_members
 
 
-def _max_sharers(head_dim: int, group: int, capability: Capability | None) -> int:
-    return max(2, row_block(head_dim, capability).rows // group)
+def _max_sharers(geometry: Geometry, capability: Capability | None) -> int:
+    return max(2, row_block(geometry.head_dim, capability).rows // geometry.group)
+
+
+def _chunk_pages(tokens: int, geometry: Geometry) -> int:
+    return max(1, tokens // geometry.page_size)
 
 
 def _tile_tokens(geometry: Geometry, capability: Capability | None) -> int:

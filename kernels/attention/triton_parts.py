@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from kvmesh.kernels.attention.batch import AttentionBatch
+
 
 class BatchPointers(NamedTuple):
     """Pointers to int32 arrays of `AttentionBatch` and `SharedPrefixes`, and to `starts` of the
@@ -27,6 +29,25 @@ class BatchPointers(NamedTuple):
     members: Any
     set_starts: Any
     set_chunks: Any
+
+    @classmethod
+    def of(cls, batch: AttentionBatch, starts: Any, set_chunks: Any) -> BatchPointers:
+        """Its tensors, for a launch. starts, set_chunks: of the step's work"""
+        prefixes = batch.prefixes
+        members = (starts,) * 3
+        if prefixes is not None:
+            members = (prefixes.pages, prefixes.members, prefixes.starts)
+        return cls(
+            batch.query_starts,
+            batch.seq_lens,
+            batch.rows,
+            starts if batch.firsts is None else batch.firsts,
+            batch.hot_tables,
+            batch.sealed_tables,
+            starts,
+            *members,
+            set_chunks,
+        )
 
 
 @triton.jit

@@ -106,10 +106,10 @@ def prefill_kernel(
 
 @triton.jit(do_not_specialize=["batch", "first_item", "num_seqs", "first_token"])
 def prefill_merge_kernel(
-    outs_ptr,
-    lses_ptr,
     out_ptr,
     lse_ptr,
+    outs_ptr,
+    lses_ptr,
     batch,
     first_item,
     first_token,
@@ -136,14 +136,7 @@ def prefill_merge_kernel(
         kv_head = head // FORM.group
         STRIDE: tl.constexpr = FORM.num_kv_heads * FORM.block_m
         HEAD_DIM: tl.constexpr = FORM.head_dim
-        merge_row(
-            outs_ptr,
-            lses_ptr,
-            out_ptr,
-            lse_ptr,
-            (item.to(tl.int64) * FORM.num_kv_heads + kv_head) * FORM.block_m + row,
-            STRIDE,
-            num_parts,
-            token.to(tl.int64) * FORM.num_heads + head,
-            HEAD_DIM,
-        )
+        parts, merged = (outs_ptr, lses_ptr), (out_ptr, lse_ptr)
+        first_row = (item.to(tl.int64) * FORM.num_kv_heads + kv_head) * FORM.block_m + row
+        to_row = token.to(tl.int64) * FORM.num_heads + head
+        merge_row(parts, first_row, STRIDE, num_parts, merged, to_row, HEAD_DIM)

@@ -109,7 +109,7 @@ def integer_part(
         block = tile % BLOCKS
         k_ptr = sealed_ptr + (page * FORM.num_kv_heads + head) * FORM.page_bytes
         v_ptr = k_ptr + FORM.k_bytes
-        k_planes = _load_tile(k_ptr, block, row, FORM.k_side, FORM)
+        k_planes = load_planes(k_ptr, block, row, FORM.k_side, FORM)
         # Scales and offsets are loaded first, in the order in which they lie.
         v_offset, v_scale = _load_grid(v_ptr, block, FORM.v_side, FORM)
         k_offset, k_scale = _load_grid(k_ptr, block, FORM.k_side, FORM)
@@ -120,7 +120,7 @@ def integer_part(
         total = total * keep[:, None] + column_sums(p) * gain[:, None]
         top = new_top
 
-        v_planes = _load_tile(v_ptr, block, offs_v, FORM.v_side, FORM)
+        v_planes = load_planes(v_ptr, block, offs_v, FORM.v_side, FORM)
         pp, gain, acc_offset, weight_sum = _value_weights(
             p, keep, gain, v_scale, v_offset, acc_offset, weight_sum, FORM
         )
@@ -171,17 +171,6 @@ def _queries(q_ptr, query, head, part, softmax, FORM: tl.constexpr):
         return whole, whole, q_scale, whole
     else:
         return whole, tl.sum(whole, 1), q_scale, query_operand(whole + MAGIC, D, FORM.ptx)
-
-
-@triton.jit
-def _load_tile(part_ptr, block, rows, SIDE: tl.constexpr, FORM: tl.constexpr):
-    """Planes of a block of a side"""
-    WIDTH: tl.constexpr = SIDE.width
-    SIZE: tl.constexpr = FORM.block_n * FORM.head_dim
-    COLUMNS: tl.constexpr = FORM.block_n if SIDE.values else FORM.head_dim
-    high_ptr = part_ptr + FORM.page_size * FORM.head_dim // 4 + block * (SIZE // 8)
-    codes_ptr = part_ptr + block * (SIZE // planes_of(WIDTH))
-    return load_planes(codes_ptr, high_ptr, rows, COLUMNS, WIDTH, FORM.ptx)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, cast
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,14 @@ Params = Mapping[str, "torch.Tensor"]
 # Sizes of a parameter's dimensions: "heads" and "channels" mean the KV heads and head_dim,
 # a number means itself, any other word means any size.
 Dims = tuple[str | int, ...]
+
+
+class PageShape(NamedTuple):
+    """Of one head's keys or values in a page. dtype: the compute dtype"""
+
+    page_size: int
+    head_dim: int
+    dtype: torch.dtype
 
 
 class SideCodec(Protocol):
@@ -43,13 +51,7 @@ class SideCodec(Protocol):
         """
 
     def decode(
-        self,
-        side: Side,
-        pages: torch.Tensor,
-        page_size: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        params: Params,
+        self, side: Side, pages: torch.Tensor, shape: PageShape, params: Params
     ) -> torch.Tensor:
         """pages [n, num_kv_heads, num_bytes] -> [n, num_kv_heads, page_size, head_dim] fp32,
         finite for any input of `encode`. Without parameters of heads there may be any number."""
@@ -202,10 +204,6 @@ class KVFormat:
         return self.k.width
 
     @property
-    def v_bits(self) -> int:
-        return self.v.width
-
-    @property
     def needs_calibration(self) -> bool:
         return bool(self.k.calibrated or self.v.calibrated)
 
@@ -309,12 +307,12 @@ class KVFormat:
                 f"got {tuple(pages.shape)}"
             )
         at = self.k.num_bytes(page_size, head_dim, dtype.itemsize)
-        shape = (page_size, head_dim, dtype)
-        k = self.k.codec().decode(self.k, pages[..., :at].contiguous(), *shape, params.k)
+        shape = PageShape(page_size, head_dim, dtype)
+        k = self.k.codec().decode(self.k, pages[..., :at].contiguous(), shape, params.k)
         if self.values_in_keys:
             k = k.to(dtype).contiguous()
             return k, k[..., : self.values_in_keys]
-        v = self.v.codec().decode(self.v, pages[..., at:].contiguous(), *shape, params.v)
+        v = self.v.codec().decode(self.v, pages[..., at:].contiguous(), shape, params.v)
         return k.to(dtype).contiguous(), v.to(dtype).contiguous()
 
 

@@ -71,10 +71,9 @@ def pack(codes: torch.Tensor, width: int, *, values: bool) -> torch.Tensor:
 def unpack(
     data: torch.Tensor, width: int, page_size: int, head_dim: int, *, values: bool
 ) -> torch.Tensor:
-    """Unpack codes into tables.
+    """The inverse: [..., page_size, head_dim] uint8, contiguous.
 
     data: [..., bytes] uint8; bytes after the codes are ignored
-    Returns uint8, keys [..., page_size, head_dim], values [..., blocks, head_dim, block]
     """
     import torch
 
@@ -97,12 +96,8 @@ def unpack(
         if width > 1:
             planes[-1] = planes[-1] ^ (1 << (width - 1))
         codes = torch.cat(planes, dim=-2) if values else torch.stack(planes, dim=-2).flatten(-3, -2)
-    return codes if values else codes.flatten(-3, -2)  # type: ignore[no-any-return]
-
-
-def by_token(table: torch.Tensor, *, values: bool) -> torch.Tensor:
-    """A table from `unpack` -> [..., page_size, head_dim], contiguous; a copy for values."""
-    return table.mT.contiguous().flatten(-3, -2) if values else table
+    by_token = codes.mT.contiguous() if values else codes
+    return by_token.flatten(-3, -2)  # type: ignore[no-any-return]
 
 
 def _split(table: torch.Tensor, count: int, values: bool) -> tuple[torch.Tensor, ...]:

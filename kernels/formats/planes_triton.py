@@ -52,13 +52,23 @@ def _constraints(width: int, middle: float) -> str:
     return _NUMBERS[width, float(middle)][1]
 
 
+@triton.constexpr_function
+def _bf16_planes(width: int) -> tuple[tl.dtype, ...]:
+    """The types of what the instructions return."""
+    return (tl.bfloat16,) * (8 if width == 3 else PLANES[width])
+
+
 @triton.jit
-def _load_bytes(ptr, high_ptr, rows, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
-    """Packed rows, [rows, COLUMNS] int8; with width 3 two halves of the columns, and the high bits
-    of both, which begin at high_ptr."""
-    row_ptr = ptr + rows[:, None] * COLUMNS
+def _load_bytes(part_ptr, block, rows, SIDE: tl.constexpr, FORM: tl.constexpr):
+    """Packed rows of a block of a page, [rows, columns] int8; with width 3 two halves of the
+    columns, and the high bits of both."""
+    WIDTH: tl.constexpr = SIDE.width
+    COLUMNS: tl.constexpr = FORM.block_n if SIDE.values else FORM.head_dim
+    SIZE: tl.constexpr = FORM.block_n * FORM.head_dim
+    row_ptr = part_ptr + block * (SIZE // planes_of(WIDTH)) + rows[:, None] * COLUMNS
     if WIDTH == 3:
         HALF: tl.constexpr = COLUMNS // 2
+        high_ptr = part_ptr + FORM.page_size * FORM.head_dim // 4 + block * (SIZE // 8)
         offs = tl.arange(0, HALF)[None, :]
         a, b = tl.load(row_ptr + offs), tl.load(row_ptr + HALF + offs)
         return a, b, tl.load(high_ptr + rows[:, None] * HALF + offs)
@@ -96,14 +106,12 @@ def _planes(x, WIDTH: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
-def load_planes(ptr, high_ptr, rows, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr):
-    """Planes of a table of packed rows, each [rows, COLUMNS] int8; with width 3 eight halves.
+def load_planes(part_ptr, block, rows, SIDE: tl.constexpr, FORM: tl.constexpr):
+    """Planes of a block of a page, each [rows, columns] int8; with width 3 eight halves.
 
-    rows: the rows to load, in order
-    high_ptr: width 3: where the table's high bits start
-    PTX: whether to use instructions that the interpreter does not support
+    rows: the packed rows to load, in order
     """
-    return _planes(_load_bytes(ptr, high_ptr, rows, COLUMNS, WIDTH), WIDTH, PTX)
+    return _planes(_load_bytes(part_ptr, block, rows, SIDE, FORM), SIDE.width, FORM.ptx)
 
 
 @triton.jit
@@ -143,13 +151,8 @@ def load_numbers(
     keys [block_n, block_d], for values transposed."""
     WIDTH: tl.constexpr = SIDE.width
     if has_planes(SIDE, FORM):
-        SIZE: tl.constexpr = FORM.head_dim * FORM.block_n
         ROWS: tl.constexpr = (FORM.head_dim if SIDE.values else FORM.block_n) // planes_of(WIDTH)
-        COLUMNS: tl.constexpr = FORM.block_n if SIDE.values else FORM.head_dim
-        block = first_slot // FORM.block_n
-        codes_ptr = part_ptr + block * (ROWS * COLUMNS)
-        high_ptr = part_ptr + FORM.page_size * FORM.head_dim // 4 + block * (SIZE // 8)
-        x = _load_bytes(codes_ptr, high_ptr, tl.arange(0, ROWS), COLUMNS, WIDTH)
+        x = _load_bytes(part_ptr, first_slot // FORM.block_n, tl.arange(0, ROWS), SIDE, FORM)
         return _together(_numbers(x, WIDTH, MIDDLE, DTYPE), SIDE.values)
     else:
         LESS: tl.constexpr = MIDDLE - (1 << (WIDTH - 1))
@@ -161,35 +164,15 @@ def load_numbers(
 def _numbers(x, WIDTH: tl.constexpr, MIDDLE: tl.constexpr, DTYPE: tl.constexpr):
     """Bytes from `_load_bytes` -> planes of codes minus MIDDLE, in DTYPE"""
     if DTYPE == tl.bfloat16:  # noqa: SIM300
-        TWO: tl.constexpr = (tl.bfloat16, tl.bfloat16)
-        if WIDTH == 4:
-            return tl.inline_asm_elementwise(
-                _ptx(WIDTH, MIDDLE),
-                _constraints(WIDTH, MIDDLE),
-                [x[0]],
-                dtype=TWO,
-                is_pure=True,
-                pack=4,
-            )
-        elif WIDTH == 2:
-            return tl.inline_asm_elementwise(
-                _ptx(WIDTH, MIDDLE),
-                _constraints(WIDTH, MIDDLE),
-                [x[0]],
-                dtype=TWO + TWO,
-                is_pure=True,
-                pack=4,
-            )
-        else:
-            y = tl.inline_asm_elementwise(
-                _ptx(WIDTH, MIDDLE),
-                _constraints(WIDTH, MIDDLE),
-                [x[0], x[1], x[2]],
-                dtype=TWO + TWO + TWO + TWO,
-                is_pure=True,
-                pack=4,
-            )
-            return _of_halves(y)
+        y = tl.inline_asm_elementwise(
+            _ptx(WIDTH, MIDDLE),
+            _constraints(WIDTH, MIDDLE),
+            x,
+            dtype=_bf16_planes(WIDTH),
+            is_pure=True,
+            pack=4,
+        )
+        return _of_halves(y) if WIDTH == 3 else y
     else:
         PLANES: tl.constexpr = planes_of(WIDTH)
         TOP: tl.constexpr = 1 << (WIDTH - 1)  # of the last plane

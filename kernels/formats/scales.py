@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+SCALE_FLOOR = 2.0**-125  # its half is still a normal fp32 number
 BF16_MAX = 3.3895313892515355e38
 SCALE_BYTES = {"bf16": 2, "e5m3": 1}
 E5M3_BIAS = 107 << 7  # added to a code shifted by 4, gives the bits of a bf16 number

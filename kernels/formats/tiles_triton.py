@@ -16,10 +16,11 @@ import triton
 import triton.language as tl
 from triton.runtime.jit import JITCallable
 
+from kvmesh.kernels.formats import scales
 from kvmesh.kernels.formats.base import KVFormat
 
-SCALE_FLOOR = tl.constexpr(2.0**-125)
-BF16_MAX = tl.constexpr(3.3895313892515355e38)
+SCALE_FLOOR = tl.constexpr(scales.SCALE_FLOOR)
+BF16_MAX = tl.constexpr(scales.BF16_MAX)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -76,11 +76,7 @@ class GroupedWeight:
 
     def to(self, device: torch.device | str) -> GroupedWeight:
         """On that device."""
-        codes, scales = self.codes.to(device), self.scales.to(device)
-        zeros, index = (
-            None if part is None else part.to(device) for part in (self.zeros, self.index)
-        )
-        return replace(self, codes=codes, scales=scales, zeros=zeros, index=index)
+        return self._with_each(lambda part: part.to(device), "codes", "scales", "zeros", "index")
 
     def dim(self) -> int:
         """2 or 3, as of a tensor."""
@@ -106,19 +102,13 @@ class GroupedWeight:
 
     def expert(self, at: int) -> GroupedWeight:
         """The weight of one of several experts."""
-        zeros, index = (None if part is None else part[at] for part in (self.zeros, self.index))
-        codes, scales = self.codes[at], self.scales[at]
-        return replace(self, codes=codes, scales=scales, zeros=zeros, index=index)
+        return self._with_each(lambda part: part[at], "codes", "scales", "zeros", "index")
 
     def rows(self, which: Tensor | slice) -> GroupedWeight:
         """Some outputs. which: [n] int64 or a slice"""
-        parts = (self.codes, self.scales, self.zeros)
-        codes, scales, zeros = (
-            None if part is None else part[..., which].contiguous() for part in parts
+        return self._with_each(
+            lambda part: part[..., which].contiguous(), "codes", "scales", "zeros"
         )
-        assert codes is not None
-        assert scales is not None
-        return replace(self, codes=codes, scales=scales, zeros=zeros)
 
     def columns(self, first: int, end: int) -> GroupedWeight:
         """Inputs [first, end). Groups are divided where the part begins within one."""
@@ -132,30 +122,17 @@ class GroupedWeight:
         shared = math.gcd(first, self.group)
         if self.index is None and shared % BLOCK == 0:
             # Groups that are as long as divides where the part begins, the last maybe cut.
-            each, groups = self.group // shared, slice(first // shared, -(-end // shared))
-            scales, zeros = (
-                None if part is None else part.repeat_interleave(each, -2)[..., groups, :]
-                for part in (self.scales, self.zeros)
-            )
-            group, index = shared, None
+            used = torch.arange(first // shared, -(-end // shared), device=self.device)
+            used, group, index = used // (self.group // shared), shared, None
         else:
-            found = self._groups()[..., first:end]
-            used, index = found.unique(return_inverse=True)
-            scales, zeros = (
-                None if part is None else part[..., used, :] for part in (self.scales, self.zeros)
-            )
+            used, index = self._groups()[..., first:end].unique(return_inverse=True)
             group, index = BLOCK, index.int().contiguous()
-        assert scales is not None
-        zeros = None if zeros is None else zeros.contiguous()
-        return GroupedWeight(
-            self.kind,
-            codes.contiguous(),
-            scales.contiguous(),
-            zeros,
-            group,
-            index,
-            end - first,
-            self.has_offsets,
+        return replace(
+            self._with_each(lambda part: part[..., used, :].contiguous(), "scales", "zeros"),
+            codes=codes.contiguous(),
+            group=group,
+            index=index,
+            in_features=end - first,
         )
 
     def fits(self, other: GroupedWeight) -> bool:
@@ -192,6 +169,12 @@ class GroupedWeight:
         if not indices:
             return found
         return replace(found, index=torch.stack(indices))
+
+    def _with_each(self, change: Callable[[Tensor], Tensor], *names: str) -> GroupedWeight:
+        """With these tensors changed, of which it may lack some."""
+        parts = ((name, getattr(self, name)) for name in names)
+        changed: dict[str, Any] = {name: change(part) for name, part in parts if part is not None}
+        return replace(self, **changed)
 
     def _combined(
         self, parts: Sequence[GroupedWeight], combine: Callable[[list[Tensor]], Tensor]

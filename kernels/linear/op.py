@@ -56,13 +56,7 @@ def fixed_linear(
         raise ValueError("weight: expected a contiguous tensor")
     if not gpu.picks_kernel(x, backend):
         return F.linear(x, weight, bias)
-    from kvmesh.kernels.linear import triton_linear
-
-    rows = x.reshape(-1, x.shape[-1])
-    out = triton_linear.fixed_linear(rows if rows.stride(1) == 1 else rows.contiguous(), weight)
-    if bias is not None:
-        out += bias
-    return out.view(*x.shape[:-1], weight.shape[0])
+    return _by_kernel(x, weight, bias, deterministic=True)
 
 
 def grouped_linear(
@@ -89,11 +83,17 @@ def grouped_linear(
         )
     if not gpu.picks_kernel(x, "reference" if x.requires_grad else backend):
         return F.linear(x, weight.decoded().to(x.dtype), bias)
-    from kvmesh.kernels.linear import triton_grouped
+    return _by_kernel(x, weight, bias, deterministic=deterministic)
+
+
+def _by_kernel(
+    x: Tensor, weight: GroupedWeight | Tensor, bias: Tensor | None, *, deterministic: bool
+) -> Tensor:
+    from kvmesh.kernels.linear import triton_linear
 
     rows = x.reshape(-1, x.shape[-1])
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    out = triton_grouped.grouped_linear(rows, weight, bias, deterministic=deterministic)
+    out = triton_linear.linear(rows, weight, bias, deterministic=deterministic)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 

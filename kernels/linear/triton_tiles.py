@@ -1,15 +1,7 @@
 """Tiles of weights for Triton kernels: of a `GroupedWeight`, decoded in registers, or of a tensor.
 
-A step of a kernel's loop takes `block_k` inputs. Codes of 8 bits are one tile of all of them. Those
-of 4 bits are two, of which each byte has one number; so nothing is interleaved:
-
-    for first in range(0, INPUTS, BLOCK_K):
-        codes = load_codes(weight, first, offs_n, mask_n, FORM)
-        for half in tl.static_range(HALVES):
-            offs_k = inputs_of(first, half, FORM)
-            x = ...                                            # [rows, offs_k]
-            w = decode(weight, codes, half, first, offs_k, offs_n, mask_n, x.dtype, FORM)
-            sums = tl.dot(x, w, sums)
+A step of a kernel's loop (`product`) takes `block_k` inputs. Codes of 8 bits are one tile of all of
+them. Those of 4 bits are two, of which each byte has one number; so nothing is interleaved.
 """
 
 from __future__ import annotations
@@ -23,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
-from kvmesh.kernels.formats.fp8.triton import E4M3_PTX
+from kvmesh.kernels.formats.fp8.triton import from_e4m3
 from kvmesh.kernels.formats.tiles_triton import KernelConstants
 from kvmesh.kernels.linear.grouped import MIDDLES, GroupedWeight
 
@@ -144,6 +136,20 @@ def weight_form(weight: GroupedWeight | torch.Tensor, block_m: int, block_n: int
     )
 
 
+def block_rows(num_rows: int) -> int:
+    """Rows of a tile where there are about so many."""
+    return min(128, max(16, 1 << (num_rows - 1).bit_length()))
+
+
+def options(form: WeightForm, dtype: torch.dtype) -> dict[str, object]:
+    """How kernels with `product` are compiled for inputs of the dtype."""
+    return {
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "num_warps": 4 if form.block_m < 128 else 8,
+        "num_stages": 3 if form.block_m < 128 else 2,
+    }
+
+
 def pointers(weight: GroupedWeight | torch.Tensor) -> WeightPointers:
     if isinstance(weight, torch.Tensor):
         return WeightPointers(weight, weight, weight, weight)
@@ -154,6 +160,29 @@ def pointers(weight: GroupedWeight | torch.Tensor) -> WeightPointers:
         codes if weight.zeros is None else weight.zeros,
         codes if weight.index is None else weight.index,
     )
+
+
+@triton.jit
+def product(
+    x_rows, mask_m, weight, offs_n, mask_n, begin, end, PRECISION: tl.constexpr, FORM: tl.constexpr
+):
+    """x · wᵀ over the inputs [begin, end), [block_m, block_n] fp32; x_rows: pointers [block_m, 1]
+
+    mask_m, mask_n: which rows, and which outputs offs_n, exist
+    """
+    BLOCK_M: tl.constexpr = FORM.block_m
+    BLOCK_N: tl.constexpr = FORM.block_n
+    HALVES: tl.constexpr = FORM.halves
+    sums = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for first in range(begin, end, FORM.block_k):
+        codes = load_codes(weight, first, offs_n, mask_n, FORM)
+        for half in tl.static_range(HALVES):
+            offs_k = inputs_of(first, half, FORM)
+            mask_x = mask_m[:, None] & (offs_k < FORM.inputs)[None, :]
+            x = tl.load(x_rows + offs_k[None, :], mask=mask_x, other=0.0)
+            w = decode(weight, codes, half, first, offs_k, offs_n, mask_n, x.dtype, FORM)
+            sums = tl.dot(x, w, sums, input_precision=PRECISION)
+    return sums
 
 
 @triton.jit
@@ -256,16 +285,11 @@ def _decode(
     scales = scales.to(tl.float32)
     if FORM.halves == 2:
         codes = codes >> (4 * half) & 15
-    if FORM.kind == "e4m3" and FORM.ptx and tl.bfloat16 == DTYPE:
-        values = tl.inline_asm_elementwise(
-            E4M3_PTX, "=&r,=&r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4
-        ).to(tl.float32)
-    elif FORM.kind == "e4m3":
-        # The bits of an fp16 that is 2^8 times too small.
-        bits = (codes & 127).to(tl.int16) << 7 | (codes & 128).to(tl.int16) << 8
-        values = bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    if FORM.kind == "e4m3":
+        EXACT: tl.constexpr = tl.bfloat16 if FORM.ptx and tl.bfloat16 == DTYPE else tl.float32
+        values = from_e4m3(codes, EXACT).to(tl.float32)
     elif FORM.kind == "e2m1":
-        # Likewise, 2^14 times.
+        # The bits of an fp16 that is 2^14 times too small.
         bits = (codes & 7).to(tl.int16) << 9 | (codes & 8).to(tl.int16) << 12
         values = bits.to(tl.float16, bitcast=True).to(tl.float32) * 16384.0
     else:

@@ -18,22 +18,15 @@ def channel_blocks(head_dim: int) -> int:
 
 
 @triton.jit
-def merge_row(
-    outs_ptr,
-    lses_ptr,
-    out_ptr,
-    lse_ptr,
-    first_row,
-    stride_part,
-    num_parts,
-    to_row,
-    HEAD_DIM: tl.constexpr,
-):
-    """Rows first_row + i * stride_part, i < num_parts, of outs [rows, HEAD_DIM] and lses [rows]
-    -> row `to_row` of out and lse; this program's block of channels (axis 2 of the grid).
+def merge_row(parts, first_row, stride_part, num_parts, merged, to_row, HEAD_DIM: tl.constexpr):
+    """Rows first_row + i * stride_part, i < num_parts, of parts (outs [rows, HEAD_DIM], lses
+    [rows]) -> row `to_row` of merged (out, lse); this program's block of channels (axis 2 of the
+    grid).
 
     The order of the sums depends on num_parts alone.
     """
+    outs_ptr, lses_ptr = parts
+    out_ptr, lse_ptr = merged
     offs_p = tl.arange(0, BLOCK_P)
     offs_d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < HEAD_DIM
@@ -41,9 +34,9 @@ def merge_row(
     total = tl.zeros([], tl.float32)
     acc = tl.zeros([BLOCK_D], dtype=tl.float32)
     for first in range(0, num_parts, BLOCK_P):
-        parts = first + offs_p
-        at = first_row + parts.to(tl.int64) * stride_part
-        lses = tl.load(lses_ptr + at, mask=parts < num_parts, other=float("-inf"))
+        part = first + offs_p
+        at = first_row + part.to(tl.int64) * stride_part
+        lses = tl.load(lses_ptr + at, mask=part < num_parts, other=float("-inf"))
         seen = lses != float("-inf")
         # Outputs of parts without a visible key may hold anything: they are not read.
         x = tl.load(
@@ -78,17 +71,8 @@ def merge_kernel(
     """Program (row, -, block of channels): outs [num_parts, num_rows, HEAD_DIM], lses without
     HEAD_DIM."""
     row = tl.program_id(0).to(tl.int64)
-    merge_row(
-        outs_ptr,
-        lses_ptr,
-        out_ptr,
-        lse_ptr,
-        row,
-        num_rows,
-        num_parts,
-        row,
-        HEAD_DIM,
-    )
+    parts, merged = (outs_ptr, lses_ptr), (out_ptr, lse_ptr)
+    merge_row(parts, row, num_rows, num_parts, merged, row, HEAD_DIM)
 
 
 def merge_states(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

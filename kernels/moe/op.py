@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from kvmesh.kernels import gpu
 from kvmesh.kernels.linear import GroupedWeight, PackedWeight
 from kvmesh.kernels.moe import reference
 from kvmesh.kernels.moe.glu import SWIGLU, GatedUnit
@@ -74,13 +75,16 @@ def expert_mlp(
     ):
         if bias is not None and bias.shape != (num_experts, width):
             raise ValueError(f"{name}: expected {(num_experts, width)}, got {tuple(bias.shape)}")
-    implementation = _implementation(x, backend)
     packed = isinstance(gate_up, PackedWeight)
-    if implementation is reference.expert_mlp:
-        if deterministic and not (packed and glu == SWIGLU):
-            raise ValueError("deterministic: expected packed weights and SwiGLU with plain torch")
-    elif packed:
-        raise ValueError("gate_up, down: expected tensors for the kernels, got packed weights")
+    implementation: Callable[..., torch.Tensor] = reference.expert_mlp
+    if gpu.picks_kernel(x, backend):
+        if packed:
+            raise ValueError("gate_up, down: expected tensors for the kernels, got packed weights")
+        from kvmesh.kernels.moe import triton_moe
+
+        implementation = triton_moe.expert_mlp
+    elif deterministic and not (packed and glu == SWIGLU):
+        raise ValueError("deterministic: expected packed weights and SwiGLU with plain torch")
     return implementation(
         x,
         experts,
@@ -103,15 +107,3 @@ def _sizes(gate_up: ExpertWeights, down: ExpertWeights) -> tuple[int, int, int]:
         return 0, 0, 0
     num_experts, double, hidden = gate_up.shape
     return num_experts, double, hidden
-
-
-def _implementation(x: torch.Tensor, backend: str | None) -> Callable[..., torch.Tensor]:
-    if backend is None:
-        backend = "triton" if x.is_cuda else "reference"
-    if backend == "reference":
-        return reference.expert_mlp
-    if backend == "triton":
-        from kvmesh.kernels.moe import triton_moe
-
-        return triton_moe.expert_mlp
-    raise ValueError(f"backend: expected None, 'triton' or 'reference', got {backend!r}")

@@ -5,6 +5,7 @@ A token's result has the same bits in any batch: every sum is one row's, in one 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from functools import cache
@@ -13,11 +14,9 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 from numba.np.numpy_support import carray
 
+from kvmesh.kernels.addresses_numba import floats, integers
 from kvmesh.kernels.exp2_numba import LOG2_E, exp2
 from kvmesh.kernels.formats.tiles_numba import compiled
 from kvmesh.kernels.numba_cache import keep_on_disk
@@ -47,7 +46,7 @@ def _norm(
     size = weight.shape[0]
     added = 0 if residual is None else residual.data_ptr()
     addresses = (x.data_ptr(), added, weight.contiguous().data_ptr(), out.data_ptr())
-    loop = _ready_norm()
+    loop = _ready(norm_loop)
     _over_tokens(x.numel() // size, size, lambda *part: loop(*addresses, size, eps, *part))
     return out
 
@@ -57,7 +56,7 @@ def silu_mul(both: torch.Tensor) -> torch.Tensor:
     size = both.shape[-1] // 2
     out = both.new_empty((*both.shape[:-1], size))
     addresses = (both.data_ptr(), out.data_ptr())
-    loop = _ready_silu_mul()
+    loop = _ready(silu_mul_loop)
     _over_tokens(out.numel() // max(size, 1), size, lambda *part: loop(*addresses, size, *part))
     return out
 
@@ -78,7 +77,7 @@ def rope_write(
     addresses = tuple(tensor.data_ptr() for tensor in (q, k, v, cos, sin, hot, slots, out))
     strides = (q.stride(0), k.stride(0), v.stride(0))
     sizes = (num_heads, k.shape[1], head_dim, hot.shape[3], hot.shape[0] * hot.shape[3])
-    loop = _ready_rope_write()
+    loop = _ready(rope_write_loop)
     width = (num_heads + 2 * k.shape[1]) * head_dim
 
     def work(first: int, end: int) -> None:
@@ -107,35 +106,19 @@ def _heads_together(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
-@intrinsic
-def _floats(_context, address):  # type: ignore[no-untyped-def]
-    def generate(context, b, signature, arguments):  # type: ignore[no-untyped-def]
-        return b.inttoptr(arguments[0], ir.FloatType().as_pointer())
-
-    return types.CPointer(types.float32)(types.intp), generate
-
-
-@intrinsic
-def _integers(_context, address):  # type: ignore[no-untyped-def]
-    def generate(context, b, signature, arguments):  # type: ignore[no-untyped-def]
-        return b.inttoptr(arguments[0], ir.IntType(64).as_pointer())
-
-    return types.CPointer(types.int64)(types.intp), generate
-
-
 @cache
 def norm_loop() -> Any:
     """(x, residual or 0, weight, out, size, eps, first, end): of rows [first, end)"""
 
     @compiled
     def norm(x, residual, weight, out, size, eps, first, end):  # type: ignore[no-untyped-def]
-        factors = carray(_floats(weight), size)
+        factors = carray(floats(weight), size)
         for row in range(first, end):
             start = 4 * row * size
-            numbers = carray(_floats(x + start), size)
-            result = carray(_floats(out + start), size)
+            numbers = carray(floats(x + start), size)
+            result = carray(floats(out + start), size)
             if residual != 0:
-                sums = carray(_floats(residual + start), size)
+                sums = carray(floats(residual + start), size)
                 for i in range(size):
                     sums[i] += numbers[i]
                 numbers = sums
@@ -156,9 +139,9 @@ def silu_mul_loop() -> Any:
     @compiled
     def silu_mul(both, out, size, first, end):  # type: ignore[no-untyped-def]
         for row in range(first, end):
-            gate = carray(_floats(both + 8 * row * size), size)
-            up = carray(_floats(both + 8 * row * size + 4 * size), size)
-            result = carray(_floats(out + 4 * row * size), size)
+            gate = carray(floats(both + 8 * row * size), size)
+            up = carray(floats(both + 8 * row * size + 4 * size), size)
+            result = carray(floats(out + 4 * row * size), size)
             for i in range(size):
                 result[i] = gate[i] * up[i] / (np.float32(1.0) + exp2(gate[i] * -LOG2_E))
 
@@ -171,27 +154,11 @@ def add_loop() -> Any:
 
     @compiled
     def add(x, target, count):  # type: ignore[no-untyped-def]
-        numbers, sums = carray(_floats(x), count), carray(_floats(target), count)
+        numbers, sums = carray(floats(x), count), carray(floats(target), count)
         for i in range(count):
             sums[i] += numbers[i]
 
     return add
-
-
-@cache
-def _ready_norm() -> Any:
-    count = numba.int64
-    return _ready(norm_loop(), "norm", (*(count,) * 5, numba.float64, count, count))
-
-
-@cache
-def _ready_silu_mul() -> Any:
-    return _ready(silu_mul_loop(), "silu_mul", (numba.int64,) * 5)
-
-
-@cache
-def _ready_rope_write() -> Any:
-    return _ready(rope_write_loop(), "rope_write", (numba.int64,) * 18)
 
 
 @cache
@@ -230,14 +197,14 @@ def rope_write_loop() -> Any:
     ):
         head_bytes = 4 * head_dim
         side_bytes = num_kv_heads * page_size * head_bytes
-        places = carray(_integers(slots), end)
+        places = carray(integers(slots), end)
         for token in range(first, end):
-            cosines = carray(_floats(cos + token * head_bytes), head_dim)
-            sines = carray(_floats(sin + token * head_bytes), head_dim)
+            cosines = carray(floats(cos + token * head_bytes), head_dim)
+            sines = carray(floats(sin + token * head_bytes), head_dim)
             for head in range(num_heads):
-                x = carray(_floats(q + 4 * token * q_stride + head * head_bytes), head_dim)
+                x = carray(floats(q + 4 * token * q_stride + head * head_bytes), head_dim)
                 there = out + (token * num_heads + head) * head_bytes
-                rotate(x, cosines, sines, carray(_floats(there), head_dim), head_dim)
+                rotate(x, cosines, sines, carray(floats(there), head_dim), head_dim)
             slot = places[token]
             if slot < 0:  # padding
                 continue
@@ -246,10 +213,10 @@ def rope_write_loop() -> Any:
             page, offset = slot // page_size, slot % page_size
             for head in range(num_kv_heads):
                 there = hot + 2 * page * side_bytes + (head * page_size + offset) * head_bytes
-                x = carray(_floats(k + 4 * token * k_stride + head * head_bytes), head_dim)
-                rotate(x, cosines, sines, carray(_floats(there), head_dim), head_dim)
-                values = carray(_floats(v + 4 * token * v_stride + head * head_bytes), head_dim)
-                kept = carray(_floats(there + side_bytes), head_dim)
+                x = carray(floats(k + 4 * token * k_stride + head * head_bytes), head_dim)
+                rotate(x, cosines, sines, carray(floats(there), head_dim), head_dim)
+                values = carray(floats(v + 4 * token * v_stride + head * head_bytes), head_dim)
+                kept = carray(floats(there + side_bytes), head_dim)
                 for i in range(head_dim):
                     kept[i] = values[i]
         return -1
@@ -257,9 +224,12 @@ def rope_write_loop() -> Any:
     return rope_write
 
 
-def _ready(function: Any, name: str, signature: tuple[Any, ...]) -> Any:
-    """The function, compiled now rather than in the first step."""
-    loop = compiled(function.py_func)  # loops that are called by others are not kept on disk
-    keep_on_disk(loop, repr(("pointwise", name)))
-    loop.compile(signature)
+@cache
+def _ready(make: Callable[[], Any]) -> Any:
+    """The loop that it makes, of integers and eps, compiled now rather than in the first step."""
+    function = make().py_func
+    loop = compiled(function)  # loops that are called by others are not kept on disk
+    keep_on_disk(loop, repr(("pointwise", function.__name__)))
+    names = inspect.signature(function).parameters
+    loop.compile(tuple(numba.float64 if name == "eps" else numba.int64 for name in names))
     return loop

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,18 +63,8 @@ def sample_tokens(
             "logits, params: expected [n, vocab_size] and a block [5, n], "
             f"got {tuple(logits.shape)} and {tuple(params.block.shape)}"
         )
-    return _implementation(logits, backend)(logits, params)
-
-
-def _implementation(
-    logits: torch.Tensor, backend: str | None
-) -> Callable[[torch.Tensor, SampleParams], torch.Tensor]:
-    if backend is None:
-        backend = "triton" if gpu.runs_kernels(logits) else "reference"
-    if backend == "reference":
-        return reference.sample_tokens
-    if backend == "triton":
+    if gpu.picks_kernel(logits, backend):
         from kvmesh.kernels.sample import triton_sample
 
-        return triton_sample.sample_tokens
-    raise ValueError(f"backend: expected None, 'triton' or 'reference', got {backend!r}")
+        return triton_sample.sample_tokens(logits, params)
+    return reference.sample_tokens(logits, params)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kvmesh.kernels.direct import BoundKernel, BoundKernels
+from kvmesh.kernels.direct import BoundKernel, BoundKernels, BoundLaunch, BoundLaunches
 
 GRID = (3, 2, 1)
 
@@ -77,6 +77,36 @@ def test_an_interpreted_kernel_is_always_launched_by_triton() -> None:
     for _ in range(3):
         bound(GRID, x)
     assert kernel.launches == [({}, GRID, (x, 1))] * 3
+
+
+def test_launches_of_the_same_tensors_each_take_some_of_them() -> None:
+    first, second = Kernel(), Kernel()
+    launches = BoundLaunches(
+        [
+            BoundLaunch(first, (7,), {}, GRID, slice(0, 2)),
+            BoundLaunch(second, (8,), {}, (1, 1, 1), slice(2, 3)),
+        ]
+    )
+    x, y, z = torch.zeros(16), torch.ones(16), torch.zeros(32)
+    launches(x, y, z[:16])
+    launches(y, x, z[16:])
+    assert first.launches == [
+        ({}, GRID, (x, y, 7)),
+        ("handle", GRID, (y.data_ptr(), x.data_ptr(), 7)),
+    ]
+    assert second.launches[1] == ("handle", (1, 1, 1), (z[16:].data_ptr(), 8))
+    for _ in range(2):
+        launches(x, y, z[1:])  # another variant
+    for kernel in (first, second):
+        assert kernel.by_handle == [False, True, False, True]
+
+
+def test_launches_of_interpreted_kernels_are_triton_s() -> None:
+    kernel = Kernel(interpreted=True)
+    launches = BoundLaunches([BoundLaunch(kernel, (1,), {}, GRID, slice(0, 1))])
+    for _ in range(2):
+        launches(torch.zeros(16))
+    assert kernel.by_handle == [False, False]
 
 
 def test_launches_are_kept_by_their_fixed_arguments_until_the_driver_changes() -> None:

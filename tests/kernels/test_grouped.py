@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvmesh.kernels import workspace
 from kvmesh.kernels.linear import (
     GroupedFormat,
     GroupedWeight,
@@ -18,7 +19,7 @@ from kvmesh.kernels.linear import (
     grouped,
     grouped_linear,
     quantise,
-    triton_grouped,
+    triton_linear,
 )
 from kvmesh.kernels.linear.grouped import E2M1
 
@@ -198,8 +199,8 @@ def test_the_kernels_multiply_with_the_decoded_weights(
     # Many rows: slices of the weight, here of 7 outputs, are decoded for a library's product.
     weight, meant = coded(*coding, (33, 96))
     weight, rounded = weight.to(DEVICE), meant.to(DEVICE, DTYPE)
-    monkeypatch.setattr(triton_grouped, "DECODED_ROWS", 17)
-    monkeypatch.setattr(triton_grouped, "DECODED_BYTES", 7 * 2 * 96)
+    monkeypatch.setattr(triton_linear, "DECODED_ROWS", 17)
+    monkeypatch.setattr(workspace, "DECODED_WEIGHT_BYTES", 7 * 2 * 96)
     identity = torch.eye(96, device=DEVICE, dtype=DTYPE)
     assert grouped_linear(identity, weight, backend="triton").equal(rounded.T)
 

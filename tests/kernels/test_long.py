@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from kvmesh.kernels.attention import paged_attention, triton_launch
+from kvmesh.kernels.attention.triton_form import Geometry
 from kvmesh.kernels.attention.triton_launch import takes_integer_path
 from kvmesh.kernels.formats.registry import format_names, get_format
 from kvmesh.kernels.seal import seal_layers, seal_pages
@@ -166,9 +167,8 @@ def test_last_pages_of_a_long_sequence_take_the_integer_path() -> None:
 @pytest.mark.parametrize("name", ["int8", "int4", "k8v4", "k4v4", "k4v2", "k3v2", "k2v2"])
 def test_a_million_tokens_in_the_integer_loop(name: str) -> None:
     fmt, shape = get_format(name), Shape(8, 1, 128, 64)
-    assert takes_integer_path(
-        fmt, 128, 64, dtype=DTYPE, capability=torch.cuda.get_device_capability()
-    )
+    geometry = Geometry(1, 8, 128, 64, DTYPE.itemsize)
+    assert takes_integer_path(fmt, geometry, torch.cuda.get_device_capability())
     check(far_case(name, shape, [*MIXED, (131071, 1)]), "triton", integer=True)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.stand_in_params import levels_for, nuq_keys, params_for
 from kvmesh.kernels.attention import paged_attention
-from kvmesh.kernels.formats.base import LayerParams, Params
+from kvmesh.kernels.formats.base import LayerParams, PageShape, Params
 from kvmesh.kernels.formats.comparison.nuq.side import NonUniform
 from kvmesh.kernels.formats.packing import packed_bytes
 from kvmesh.kernels.formats.registry import get_format
@@ -116,7 +116,7 @@ def test_the_largest_numbers_are_stored_exactly(head_dim: int, count: int, value
     first = torch.tensor([0])
     keys = x if values else rotated(x, torch.arange(16), params)
     data = side.codec().encode(side, keys, params, first)
-    got = side.codec().decode(side, data, 16, head_dim, torch.float32, params)
+    got = side.codec().decode(side, data, PageShape(16, head_dim, torch.float32), params)
     if not values:
         got = rotated(got, -torch.arange(16), params)
     # Applying and undoing RoPE rounds, which may change the last bit that bf16 keeps.
@@ -165,9 +165,8 @@ def test_ordinary_rows_far_from_zero_keep_their_mean() -> None:
     side = NonUniform(4, values=True)
     params = levels_for(4)
     x = 3.0 + torch.rand(1, 1, 16, 64)
-    got = side.codec().decode(
-        side, side.codec().encode(side, x, params, None), 16, 64, torch.float32, params
-    )
+    pages = side.codec().encode(side, x, params, None)
+    got = side.codec().decode(side, pages, PageShape(16, 64, torch.float32), params)
     assert (got - x).square().mean().sqrt() < 0.15
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kvmesh.kernels.attention import paged_attention
+from kvmesh.kernels.attention.triton_form import Geometry
 from kvmesh.kernels.attention.triton_launch import sharers
 from kvmesh.kernels.formats.registry import get_format
 from tests.kernels.cases import AttentionOptions, Case, Shape, make_case, truth, with_prefixes
@@ -60,7 +61,8 @@ def test_sets_of_sequences_in_formats_for_comparison(name: str, backend: str) ->
 def test_one_set_with_the_maximum_number_of_members(backend: str) -> None:
     shape = Shape(num_heads=16, num_kv_heads=1, page_size=64)
     capability = torch.cuda.get_device_capability() if DEVICE == "cuda" else None
-    _, count = sharers(get_format("k4v4"), 64, 16, 64, torch.float32, capability)
+    geometry = Geometry(1, 16, shape.head_dim, shape.page_size, torch.float32.itemsize)
+    _, count = sharers(get_format("k4v4"), geometry, capability)
     case = make_case(
         get_format("k4v4"), shape, [(200 + i, 1) for i in range(count)], shared_prefix_pages=3
     )

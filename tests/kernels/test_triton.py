@@ -15,6 +15,7 @@ import torch
 from benchmarks.stand_in_params import model_params_for, params_for
 from kvmesh.kernels import workspace
 from kvmesh.kernels.attention import paged_attention, triton_attention
+from kvmesh.kernels.attention.triton_form import Geometry
 from kvmesh.kernels.attention.triton_launch import takes_integer_path
 from kvmesh.kernels.direct import BoundKernels
 from kvmesh.kernels.formats.affine.side import Affine
@@ -84,12 +85,7 @@ def check(case: Case, *, integer: bool = False, **options: Unpack[AttentionOptio
     """
     shape, dtype = case.shape, case.q.dtype
     assert integer == takes_integer_path(
-        case.fmt,
-        shape.head_dim,
-        shape.page_size,
-        dtype=dtype if CAPABILITY else torch.bfloat16,
-        sliding_window=options.get("sliding_window"),
-        capability=CAPABILITY,
+        case.fmt, Geometry.of(case.hot, shape.num_heads), CAPABILITY, options.get("sliding_window")
     ) or (dtype == torch.float32 and CAPABILITY is not None)
     scale = shape.head_dim**-0.5
     out, lse = attend(case, **options)
@@ -173,9 +169,17 @@ def test_long_decode_is_split_and_pages_are_shared(name: str, dtype: torch.dtype
 
 
 def test_which_formats_take_the_integer_path() -> None:
-    def takes(name: str, **changes: object) -> bool:
-        options = {"head_dim": 128, "page_size": 64, "dtype": torch.bfloat16, **changes}
-        return takes_integer_path(format_of(name), **options)  # type: ignore[arg-type]
+    def takes(
+        name: str,
+        *,
+        head_dim: int = 128,
+        page_size: int = 64,
+        dtype: torch.dtype = torch.bfloat16,
+        capability: tuple[int, int] | None = None,
+        sliding_window: int | None = None,
+    ) -> bool:
+        geometry = Geometry(1, 8, head_dim, page_size, dtype.itemsize)
+        return takes_integer_path(format_of(name), geometry, capability, sliding_window)
 
     assert all(takes(name) for name in INTEGER_KINDS)
     assert not takes("exact")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kvmesh.kernels.attention import AttentionBatch, Lengths, triton_attention
+from kvmesh.kernels.attention.layer import LayerAttention
 from kvmesh.kernels.formats.registry import get_format
 from kvmesh.kernels.workspace import AttentionShape
 
@@ -40,12 +41,13 @@ def held_bytes(
     )
     q = torch.empty(int(counts.sum()), num_heads, HEAD_DIM, dtype=torch.bfloat16)
     hot = torch.empty(1, 2, num_kv_heads, PAGE_SIZE, HEAD_DIM, dtype=torch.bfloat16)
-    layers = triton_attention._StepLayers.of(q, hot, batch, get_format("int8"), 1.0, None, window)
+    layer = LayerAttention(get_format("int8"), 1.0, sliding_window=window)
+    layers = triton_attention._StepLayers.of(q, hot, batch, layer)
     held = {
         id(x): x.nbytes
         for launch in layers.step().launches
-        for x in (launch.outs, launch.lses)
-        if x is not None
+        for x in launch.fixed
+        if isinstance(x, torch.Tensor)
     }
     return sum(held.values())
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from kvmesh.cluster.cli.commands import app
-from kvmesh.kernels.formats.base import LayerParams
+from kvmesh.kernels.formats.base import LayerParams, PageShape
 from kvmesh.kernels.formats.comparison.nuq.rope import RopePairs, phases
 from kvmesh.kernels.formats.comparison.nuq.side import NonUniform
 from kvmesh.kernels.formats.comparison.static8.side import Static8
@@ -148,7 +148,7 @@ def our_error(width: int, draw: Callable[[torch.Generator], Tensor]) -> float:
     judged = draw(gen)
     keys = pairs.rotate(judged * scale + mean, forth).view(-1, 64, HEADS, HEAD_DIM).transpose(1, 2)
     pages = side.codec().encode(side, keys, params, positions[::64])
-    got = side.codec().decode(side, pages, 64, HEAD_DIM, torch.float32, params)
+    got = side.codec().decode(side, pages, PageShape(64, HEAD_DIM, torch.float32), params)
     error = pairs.rotate((got - keys).transpose(1, 2).reshape(seen.shape), forth.conj()) / scale
     return float(error.square().sum() / judged.square().sum())
 

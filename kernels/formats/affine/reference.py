@@ -34,37 +34,38 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from kvmesh.kernels.cpu import has_loops
 from kvmesh.kernels.formats.affine.side import OFFSET_BYTES, Affine
-from kvmesh.kernels.formats.base import Params
+from kvmesh.kernels.formats.base import PageShape, Params
 from kvmesh.kernels.formats.packing import (
-    by_token,
     pack,
     packed_bytes,
     unpack,
 )
-from kvmesh.kernels.formats.scales import BF16_MAX, load_scale, rounded_scale, store_scale
+from kvmesh.kernels.formats.scales import (
+    BF16_MAX,
+    SCALE_FLOOR,
+    load_scale,
+    rounded_scale,
+    store_scale,
+)
 
-SCALE_FLOOR = 2.0**-125  # its half is still a normal fp32 number
 SCALE_CEILING = 2.0**126
 FIT_ROUNDS = 6
 # Where least squares starts, as a share of the range: with few levels the best grid is narrower.
 FIRST_SHARE = {2: 0.8, 3: 0.9}
 _UPPER_HALF = -65536  # 0xFFFF0000 as int32: the bits of an fp32 number that bf16 keeps
 
-Grid = tuple[torch.Tensor, torch.Tensor]  # offsets and scales, as stored
+Grid = tuple[Tensor, Tensor]  # offsets and scales, as stored
 
 
-def encode(
-    side: Affine, x: torch.Tensor, params: Params, positions: torch.Tensor | None
-) -> torch.Tensor:
+def encode(side: Affine, x: Tensor, params: Params, positions: Tensor | None) -> Tensor:
     return encode_on(fit_range if side.fit == "range" else _fit_least_squares, side, x)
 
 
-def encode_on(
-    fit: Callable[[torch.Tensor, Affine], Grid], side: Affine, x: torch.Tensor
-) -> torch.Tensor:
+def encode_on(fit: Callable[[Tensor, Affine], Grid], side: Affine, x: Tensor) -> Tensor:
     """fit: (half of the numbers [..., run], side) -> the grid of each run, [...]"""
     page_size, head_dim = x.shape[-2:]
     half = _to_runs(side, x.float() * 0.5)
@@ -78,22 +79,15 @@ def encode_on(
     return torch.cat((packed, offsets, scales), dim=-1)
 
 
-def decode(
-    side: Affine,
-    pages: torch.Tensor,
-    page_size: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    params: Params,
-) -> torch.Tensor:
+def decode(side: Affine, pages: Tensor, shape: PageShape, params: Params) -> Tensor:
+    page_size, head_dim, _ = shape
     start = packed_bytes(side.width, page_size, head_dim)
     middle = start + side.runs(page_size, head_dim) * OFFSET_BYTES
-    table = unpack(pages, side.width, page_size, head_dim, values=side.values)
-    codes = by_token(table, values=side.values).float()
+    codes = unpack(pages, side.width, page_size, head_dim, values=side.values).float()
     along_token, run = side.along == "token", side.run_length(page_size, head_dim)
     runs = codes.unflatten(-1 if along_token else -2, (-1, run))
 
-    def halves(stored: torch.Tensor, kind: str) -> torch.Tensor:
+    def halves(stored: Tensor, kind: str) -> Tensor:
         """Half of each run's number, to be broadcast over its codes."""
         numbers = load_scale(stored, kind) * 0.5
         if along_token:
@@ -106,7 +100,7 @@ def decode(
     return codes.clamp_(-0.5 * BF16_MAX, 0.5 * BF16_MAX).mul_(2.0)
 
 
-def _to_runs(side: Affine, x: torch.Tensor) -> torch.Tensor:
+def _to_runs(side: Affine, x: Tensor) -> Tensor:
     """[..., page_size, head_dim] -> [..., page_size, runs, run] along tokens, or
     [..., runs, head_dim, run] along channels; a copy or a view."""
     run = side.run_length(*x.shape[-2:])
@@ -115,13 +109,13 @@ def _to_runs(side: Affine, x: torch.Tensor) -> torch.Tensor:
     return x.unflatten(-2, (-1, run)).transpose(-1, -2).contiguous()  # type: ignore[no-any-return]
 
 
-def _from_runs(side: Affine, runs: torch.Tensor, page_size: int, head_dim: int) -> torch.Tensor:
+def _from_runs(side: Affine, runs: Tensor, page_size: int, head_dim: int) -> Tensor:
     if side.along == "channel":
         runs = runs.transpose(-1, -2)
     return runs.reshape(*runs.shape[:-3], page_size, head_dim).contiguous()
 
 
-def fit_range(half: torch.Tensor, side: Affine) -> Grid:
+def fit_range(half: Tensor, side: Affine) -> Grid:
     """half: half of the numbers, [..., run] -> offset, scale, [...], after storing and loading"""
     levels = 2.0**side.width - 1
     offset = _round_down_to_bf16(half.amin(-1) * 2.0)
@@ -130,7 +124,7 @@ def fit_range(half: torch.Tensor, side: Affine) -> Grid:
     return offset, rounded_scale(scale, side.scale)
 
 
-def _fit_least_squares(half: torch.Tensor, side: Affine) -> Grid:
+def _fit_least_squares(half: Tensor, side: Affine) -> Grid:
     """With x in steps, t = a q + b + error: alternates between the codes q and the line a, b."""
     levels = 2.0**side.width - 1
     steps, mean, half_min, half_step = in_steps(half, levels)
@@ -163,9 +157,7 @@ def _line(
     return a, q_mean
 
 
-def in_steps(
-    half: torch.Tensor, levels: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def in_steps(half: Tensor, levels: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The numbers in steps of the run's range above its minimum, from 0 to `levels`; their mean
     (with a last dimension of 1), and half the minimum and half a step."""
     half_min = half.amin(-1)
@@ -174,24 +166,22 @@ def in_steps(
     return steps, steps.mean(-1, keepdim=True), half_min, half_step
 
 
-def stored_scale(scale: torch.Tensor, side: Affine) -> torch.Tensor:
+def stored_scale(scale: Tensor, side: Affine) -> Tensor:
     return rounded_scale(scale.clamp(SCALE_FLOOR, SCALE_CEILING), side.scale)
 
 
-def stored_offset(
-    half_min: torch.Tensor, half_step: torch.Tensor, steps: torch.Tensor
-) -> torch.Tensor:
+def stored_offset(half_min: Tensor, half_step: Tensor, steps: Tensor) -> Tensor:
     half = (half_min + half_step * steps).clamp(-0.5 * BF16_MAX, 0.5 * BF16_MAX)
     return (half * 2.0).to(torch.bfloat16).float()
 
 
-def _round_up_to_bf16(x: torch.Tensor) -> torch.Tensor:
+def _round_up_to_bf16(x: Tensor) -> Tensor:
     """Positive fp32 numbers rounded up to bf16, still as fp32."""
     bits = x.contiguous().view(torch.int32)
     return ((bits + 0xFFFF) & _UPPER_HALF).view(torch.float32)
 
 
-def _round_down_to_bf16(x: torch.Tensor) -> torch.Tensor:
+def _round_down_to_bf16(x: Tensor) -> Tensor:
     """fp32 numbers rounded down to bf16, at least bf16's minimum, still as fp32."""
     bits = x.contiguous().view(torch.int32)
     # Truncating the magnitude rounds towards zero: down only for x > 0.

@@ -187,7 +187,9 @@ def _fit_range(lowest, highest, LEVELS: tl.constexpr, SCALE: tl.constexpr):
 def _fit_least_squares(
     half, lowest, highest, mask, RUN: tl.constexpr, LEVELS: tl.constexpr, SIDE: tl.constexpr
 ):
-    steps, half_step = _in_steps(half, lowest, highest, mask, LEVELS)
+    # The numbers in steps of the run's range above its minimum.
+    half_step = tl.maximum((highest - lowest) / LEVELS, 0.5 * SCALE_FLOOR)
+    steps = tl.where(mask, (half - lowest[:, None]) / half_step[:, None], 0.0)
     mean = tl.sum(steps, 1) / RUN
     about_mean = tl.where(mask, steps - mean[:, None], 0.0)
     a = tl.full(mean.shape, first_share(SIDE.width), tl.float32)
@@ -202,29 +204,12 @@ def _fit_least_squares(
         slope = tl.sum(q * about_mean, 1) / tl.maximum(spread, 1e-9)
         a = tl.where(spread > 1e-9, tl.maximum(slope, 1e-3), a)
         b = mean - a * q_mean
-    scale = _stored_scale(half_step * a * 2.0, SIDE.scale)
+    scale = tl.minimum(tl.maximum(half_step * a * 2.0, SCALE_FLOOR), SCALE_CEILING)
+    scale = rounded_scale(scale, SIDE.scale)
     b = mean - scale * 0.5 / half_step * q_mean
-    return _stored_offset(lowest, half_step, b), scale
-
-
-@triton.jit
-def _in_steps(half, lowest, highest, mask, LEVELS: tl.constexpr):
-    """The numbers in steps of the run's range above its minimum, and half a step."""
-    half_step = tl.maximum((highest - lowest) / LEVELS, 0.5 * SCALE_FLOOR)
-    steps = (half - lowest[:, None]) / half_step[:, None]
-    return tl.where(mask, steps, 0.0), half_step
-
-
-@triton.jit
-def _stored_scale(scale, SCALE: tl.constexpr):
-    return rounded_scale(tl.minimum(tl.maximum(scale, SCALE_FLOOR), SCALE_CEILING), SCALE)
-
-
-@triton.jit
-def _stored_offset(lowest, half_step, steps):
-    half = lowest + half_step * steps
-    half = tl.minimum(tl.maximum(half, -0.5 * BF16_MAX), 0.5 * BF16_MAX)
-    return from_bf16(to_bf16(half * 2.0))
+    half_offset = lowest + half_step * b
+    half_offset = tl.minimum(tl.maximum(half_offset, -0.5 * BF16_MAX), 0.5 * BF16_MAX)
+    return from_bf16(to_bf16(half_offset * 2.0)), scale
 
 
 @triton.jit

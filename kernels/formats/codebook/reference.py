@@ -13,32 +13,29 @@ from __future__ import annotations
 from functools import cache
 
 import torch
+from torch import Tensor
 
-from kvmesh.kernels.formats.base import Params
+from kvmesh.kernels.formats.base import PageShape, Params
 from kvmesh.kernels.formats.codebook.side import UNIFORM_STEP, Codebook
-from kvmesh.kernels.formats.packing import by_token, pack, packed_bytes, unpack
-from kvmesh.kernels.formats.scales import BF16_MAX, load_scale, store_scale
-
-SCALE_FLOOR = 2.0**-125
+from kvmesh.kernels.formats.packing import pack, packed_bytes, unpack
+from kvmesh.kernels.formats.scales import BF16_MAX, SCALE_FLOOR, load_scale, store_scale
 
 
 @cache
-def levels(width: int) -> torch.Tensor:
+def levels(width: int) -> Tensor:
     """[2^width] fp32, ascending."""
     count = 2**width
     return (torch.arange(count) - (count - 1) / 2) * UNIFORM_STEP[width]  # type: ignore[no-any-return]
 
 
 @cache
-def boundaries(width: int) -> torch.Tensor:
+def boundaries(width: int) -> Tensor:
     """[2^width - 1] fp32, half-way between levels."""
     table = levels(width)
     return (table[1:] + table[:-1]) / 2
 
 
-def encode(
-    side: Codebook, x: torch.Tensor, params: Params, positions: torch.Tensor | None
-) -> torch.Tensor:
+def encode(side: Codebook, x: Tensor, params: Params, positions: Tensor | None) -> Tensor:
     x = x.float()
     # Relative to the token's largest number, so that no square overflows or underflows.
     top = x.abs().amax(-1, keepdim=True).clamp_min(SCALE_FLOOR)
@@ -54,16 +51,10 @@ def encode(
     return torch.cat((packed, store_scale(scale.squeeze(-1), side.scale)), dim=-1)
 
 
-def decode(
-    side: Codebook,
-    pages: torch.Tensor,
-    page_size: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    params: Params,
-) -> torch.Tensor:
-    table = unpack(pages, side.width, page_size, head_dim, values=side.values)
+def decode(side: Codebook, pages: Tensor, shape: PageShape, params: Params) -> Tensor:
+    page_size, head_dim, _ = shape
+    codes = unpack(pages, side.width, page_size, head_dim, values=side.values)
     start = packed_bytes(side.width, page_size, head_dim)
     scale = load_scale(pages[..., start:], side.scale) * UNIFORM_STEP[side.width]
     middle = (2**side.width - 1) / 2
-    return by_token(table, values=side.values).float().sub_(middle).mul_(scale[..., None])
+    return codes.float().sub_(middle).mul_(scale[..., None])

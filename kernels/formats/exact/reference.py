@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from kvmesh.kernels.formats.base import Params
+from kvmesh.kernels.formats.base import PageShape, Params
 from kvmesh.kernels.formats.exact.side import Exact
 
 
-def encode(
-    side: Exact, x: torch.Tensor, params: Params, positions: torch.Tensor | None
-) -> torch.Tensor:
+def encode(side: Exact, x: Tensor, params: Params, positions: Tensor | None) -> Tensor:
     return x.contiguous().flatten(-2).view(torch.uint8)
 
 
-def decode(
-    side: Exact,
-    pages: torch.Tensor,
-    page_size: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    params: Params,
-) -> torch.Tensor:
+def decode(side: Exact, pages: Tensor, shape: PageShape, params: Params) -> Tensor:
+    page_size, head_dim, dtype = shape
     return pages.view(dtype).unflatten(-1, (page_size, head_dim)).float()  # type: ignore[no-any-return]

@@ -13,8 +13,9 @@ costs four bytes and always fits the data.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from kvmesh.kernels.formats.base import Params
+from kvmesh.kernels.formats.base import PageShape, Params
 from kvmesh.kernels.formats.fp8.side import PADDING_BYTES, SCALE_BYTES, Fp8
 from kvmesh.kernels.formats.packing import BLOCK_TOKENS
 from kvmesh.kernels.formats.scales import BF16_MAX
@@ -23,9 +24,7 @@ E4M3_MAX = 448.0
 SCALE_FLOOR = 2.0**-100
 
 
-def encode(
-    side: Fp8, x: torch.Tensor, params: Params, positions: torch.Tensor | None
-) -> torch.Tensor:
+def encode(side: Fp8, x: Tensor, params: Params, positions: Tensor | None) -> Tensor:
     half = x.float() * 0.5
     parts = []
     if side.centred:
@@ -42,14 +41,8 @@ def encode(
     return torch.cat((stored.flatten(-2), *parts, padded_scale), -1)
 
 
-def decode(
-    side: Fp8,
-    pages: torch.Tensor,
-    page_size: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    params: Params,
-) -> torch.Tensor:
+def decode(side: Fp8, pages: Tensor, shape: PageShape, params: Params) -> Tensor:
+    page_size, head_dim, _ = shape
     end = page_size * head_dim
     numbers = pages[..., :end].contiguous().view(torch.float8_e4m3fn).float()
     start = pages.shape[-1] - SCALE_BYTES - PADDING_BYTES

@@ -12,11 +12,10 @@ import triton.language as tl
 
 from kvmesh.kernels.formats.fp8 import reference
 from kvmesh.kernels.formats.fp8.side import Fp8
-from kvmesh.kernels.formats.packing_triton import block_tokens
+from kvmesh.kernels.formats.packing_triton import block_tokens, load_codes
 from kvmesh.kernels.formats.tiles_triton import (
     SideKernels,
     from_bf16,
-    load,
     load_bf16,
     padded,
     store_bf16,
@@ -79,21 +78,8 @@ def _scale_ptr(part_ptr, SIDE: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: 
 @triton.jit
 def load_tile(part_ptr, first_slot, SIDE: tl.constexpr, DTYPE: tl.constexpr, FORM: tl.constexpr):
     BLOCK_N: tl.constexpr = FORM.block_n
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, FORM.block_d)
-    # Written so that the compiler sees that each thread loads adjacent bytes.
-    if SIDE.values:  # columns are tokens, and a tile lies in one block
-        BLOCK: tl.constexpr = block_tokens(FORM.page_size)
-        d = offs_d[:, None]
-        row_ptr = part_ptr + first_slot // BLOCK * (BLOCK * FORM.head_dim)
-        if BLOCK_N != BLOCK:
-            row_ptr += first_slot % BLOCK
-        number_ptr = row_ptr + d * BLOCK + offs_n[None, :]
-    else:
-        d = offs_d[None, :]
-        number_ptr = part_ptr + (first_slot + offs_n[:, None]) * FORM.head_dim + d
-    mask = None if FORM.block_d == FORM.head_dim else d < FORM.head_dim
-    x = from_e4m3(load(number_ptr, mask), DTYPE)
+    # Numbers are laid out like 8-bit codes.
+    x = from_e4m3(load_codes(part_ptr, first_slot, SIDE, FORM).to(tl.int8), DTYPE)
     scale = tl.load(_scale_ptr(part_ptr, SIDE, FORM.page_size, FORM.head_dim))
     scales = tl.zeros([BLOCK_N], tl.float32) + scale
     return tl.trans(x) if SIDE.values else x, scales, None

@@ -9,6 +9,7 @@ half_quadratic  HQQ's solver (Badri & Shaji, 2023): the range's scale, and the o
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from kvmesh.kernels.formats.affine.reference import (
     Grid,
@@ -28,13 +29,11 @@ __all__ = ["decode", "encode"]
 ROUNDS, NORM, BETA, KAPPA = 20, 0.7, 10.0, 1.01
 
 
-def encode(
-    side: Grouped, x: torch.Tensor, params: Params, positions: torch.Tensor | None
-) -> torch.Tensor:
+def encode(side: Grouped, x: Tensor, params: Params, positions: Tensor | None) -> Tensor:
     return encode_on(fit_range if side.fit == "range" else _fit_half_quadratic, side, x)
 
 
-def _fit_half_quadratic(half: torch.Tensor, side: Affine) -> Grid:
+def _fit_half_quadratic(half: Tensor, side: Affine) -> Grid:
     """The code of t is q = round(t + z); z is the mean of what the proximal step leaves."""
     levels = 2.0**side.width - 1
     steps, _, half_min, half_step = in_steps(half, levels)

@@ -33,8 +33,9 @@ params
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from kvmesh.kernels.formats.base import Params
+from kvmesh.kernels.formats.base import PageShape, Params
 from kvmesh.kernels.formats.comparison.nuq.rope import RopePairs, phases
 from kvmesh.kernels.formats.comparison.nuq.side import (
     POSITION_BYTES,
@@ -42,7 +43,7 @@ from kvmesh.kernels.formats.comparison.nuq.side import (
     VALUE_BYTES,
     NonUniform,
 )
-from kvmesh.kernels.formats.packing import by_token, pack, packed_bytes, unpack
+from kvmesh.kernels.formats.packing import pack, packed_bytes, unpack
 from kvmesh.kernels.formats.scales import (
     BF16_MAX,
     E5M3_MAX,
@@ -57,9 +58,7 @@ MAX_INPUT = 0.25 * BF16_MAX
 OFFSET_STEPS = 64.0
 
 
-def encode(
-    side: NonUniform, x: torch.Tensor, params: Params, positions: torch.Tensor | None
-) -> torch.Tensor:
+def encode(side: NonUniform, x: Tensor, params: Params, positions: Tensor | None) -> Tensor:
     x = x.float().clamp(-MAX_INPUT, MAX_INPUT)
     if side.values:
         return _encode_values(side, x, params)
@@ -82,7 +81,7 @@ def encode(
     )
 
 
-def _encode_values(side: NonUniform, x: torch.Tensor, params: Params) -> torch.Tensor:
+def _encode_values(side: NonUniform, x: Tensor, params: Params) -> Tensor:
     apart = _farthest(side, x)
     scale, zero = _ranges(x, apart)
     t = x.sub(zero[..., None]).div_(scale[..., None])
@@ -101,13 +100,13 @@ def _encode_values(side: NonUniform, x: torch.Tensor, params: Params) -> torch.T
     )
 
 
-def _farthest(side: NonUniform, x: torch.Tensor) -> torch.Tensor:
+def _farthest(side: NonUniform, x: Tensor) -> Tensor:
     """The n channels of each token that are farthest from its mean: [..., page_size, n] int64."""
     mean = x.mul(1.0 / x.shape[-1]).sum(-1, keepdim=True)
     return (x - mean).abs_().topk(side.outliers(x.shape[-1]), dim=-1).indices
 
 
-def _ranges(x: torch.Tensor, apart: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _ranges(x: Tensor, apart: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and zero that map a token's other channels to [-1, 1]: [..., page_size] each."""
     low = x.scatter(-1, apart, torch.inf).amin(-1)
     high = x.scatter(-1, apart, -torch.inf).amax(-1)
@@ -118,12 +117,12 @@ def _ranges(x: torch.Tensor, apart: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 
 def _unbiased(
-    t: torch.Tensor,
-    apart: torch.Tensor,
-    chosen: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    t: Tensor,
+    apart: Tensor,
+    chosen: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+) -> tuple[Tensor, Tensor]:
     """Scale and zero for the chosen levels that give <x, x^> = |x|² around the token's mean.
 
     t: the numbers in units of scale and zero; the channels in `apart` do not count
@@ -142,27 +141,21 @@ def _unbiased(
     return torch.where(plausible, scaled, scale), torch.where(plausible, shifted, zero)
 
 
-def _stored(scale: torch.Tensor, zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _stored(scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
     """The scale after storing and loading, and the offset in its steps."""
     scale = rounded_scale(scale, "e5m3")
     return scale, zero.div(scale).mul_(OFFSET_STEPS).round_().clamp_(-128.0, 127.0)
 
 
-def _zero(scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+def _zero(scale: Tensor, offset: Tensor) -> Tensor:
     return offset * (scale * (1.0 / OFFSET_STEPS))
 
 
-def decode(
-    side: NonUniform,
-    pages: torch.Tensor,
-    page_size: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    params: Params,
-) -> torch.Tensor:
+def decode(side: NonUniform, pages: Tensor, shape: PageShape, params: Params) -> Tensor:
+    page_size, head_dim, _ = shape
+    codes = unpack(pages, side.width, page_size, head_dim, values=side.values)
     if side.values:
-        return _values(side, pages, page_size, head_dim, params)
-    codes = unpack(pages, side.width, page_size, head_dim, values=False)
+        return _values(side, pages, _numbers(codes, params))
     scale, zero = (params[name].unsqueeze(1) for name in ("scale", "zero"))
     x = _with_outliers(side, _numbers(codes, params).mul_(scale).add_(zero), pages)
     rope = RopePairs(_interleaved(params))
@@ -170,11 +163,8 @@ def decode(
     return rope.rotate(x, phases(params["inv_freq"], _positions(pages)).unsqueeze(-2))
 
 
-def _values(
-    side: NonUniform, pages: torch.Tensor, page_size: int, head_dim: int, params: Params
-) -> torch.Tensor:
-    table = unpack(pages, side.width, page_size, head_dim, values=True)
-    x = _numbers(by_token(table, values=True), params)
+def _values(side: NonUniform, pages: Tensor, x: Tensor) -> Tensor:
+    page_size = x.shape[-2]
     start = pages.shape[-1] - 2 * page_size
     scale = load_scale(pages[..., start : start + SCALE_BYTES * page_size], "e5m3")
     offset = pages[..., start + SCALE_BYTES * page_size :].contiguous().view(torch.int8).float()
@@ -182,25 +172,23 @@ def _values(
     return _with_outliers(side, x, pages)
 
 
-def _codes(t: torch.Tensor, params: Params) -> torch.Tensor:
+def _codes(t: Tensor, params: Params) -> Tensor:
     return torch.bucketize(t.contiguous(), params["bounds"])
 
 
-def _numbers(codes: torch.Tensor, params: Params) -> torch.Tensor:
+def _numbers(codes: Tensor, params: Params) -> Tensor:
     # On CPUs five times as fast as levels[codes].
     return params["levels"].index_select(0, codes.reshape(-1).int()).view(codes.shape)
 
 
-def _outliers(
-    side: NonUniform, x: torch.Tensor, missed: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _outliers(side: NonUniform, x: Tensor, missed: Tensor) -> tuple[Tensor, Tensor]:
     """The numbers with the largest coding errors, and their channels, as bytes."""
     apart = missed.topk(side.outliers(x.shape[-1]), dim=-1).indices
     kept = x.gather(-1, apart).to(torch.bfloat16).flatten(-2)
     return kept.view(torch.uint8), apart.to(torch.uint8).flatten(-2)
 
 
-def _with_outliers(side: NonUniform, x: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+def _with_outliers(side: NonUniform, x: Tensor, pages: Tensor) -> Tensor:
     page_size, head_dim = x.shape[-2:]
     count = side.outliers(head_dim)
     start = packed_bytes(side.width, page_size, head_dim)
@@ -211,7 +199,7 @@ def _with_outliers(side: NonUniform, x: torch.Tensor, pages: torch.Tensor) -> to
     return x.scatter_(-1, channels.unflatten(-1, shape), kept.unflatten(-1, shape))
 
 
-def _positions(pages: torch.Tensor) -> torch.Tensor:
+def _positions(pages: Tensor) -> Tensor:
     """[..., num_bytes] -> [...] int32"""
     return pages[..., -POSITION_BYTES:].contiguous().view(torch.int32).squeeze(-1)
 
@@ -220,7 +208,7 @@ def _interleaved(params: Params) -> bool:
     return bool(params["interleaved"].item())
 
 
-def _token_phases(params: Params, page_size: int) -> torch.Tensor:
+def _token_phases(params: Params, page_size: int) -> Tensor:
     """Of a page's tokens relative to its first: [page_size, planes]."""
     inv_freq = params["inv_freq"]
     return phases(inv_freq, torch.arange(page_size, device=inv_freq.device))
