@@ -194,7 +194,10 @@ async def test_lines_that_were_added_are_answered(files: Files) -> None:
 # Refusals
 
 
-@pytest.mark.parametrize("other", [[asking("a", "else"), asking("b")], [asking("a")], []])
+@pytest.mark.parametrize(
+    "other",
+    [[asking("a", "else"), asking("b")], [asking("a")], [asking("a"), "", asking("b")], []],
+)
 async def test_the_output_of_another_input_is_left_as_it_is(files: Files, other: Any) -> None:
     files.ask([asking("a"), asking("b")])
     await files.run()

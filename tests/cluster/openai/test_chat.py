@@ -416,6 +416,15 @@ async def test_a_stream(server: HttpServer, contract: ScriptedContract) -> None:
     assert len({chunk.id for chunk in chunks}) == 1
 
 
+async def test_each_choice_of_a_stream_begins_with_its_role(server: HttpServer) -> None:
+    async with server.client() as client:
+        stream = await client.chat.completions.create(model="m", messages=HI, n=2, stream=True)
+        roles: dict[int, list[str | None]] = {0: [], 1: []}
+        async for chunk in stream:
+            roles[chunk.choices[0].index].append(chunk.choices[0].delta.role)
+    assert list(roles.values()) == [["assistant", None, None]] * 2
+
+
 async def test_usage_in_every_chunk(server: HttpServer) -> None:
     options = {"continuous_usage_stats": True}
     body = {"messages": HI, "stream": True, "stream_options": options}
