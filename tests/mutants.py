@@ -65,6 +65,8 @@ ROUTING = tuple(
         "dealt_ledger",
         "queue",
         "fairness",
+        "leases",
+        "choice",
         "placement",
         "expectations",
         "long_prompts",

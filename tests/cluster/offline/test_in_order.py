@@ -1,4 +1,4 @@
-"""Many calls at once and their results in order, without a model."""
+"""Many calls at once, their results in order, and how they end, without a model."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 
 from kvmesh import InvalidRequestError, KVMeshError
 from kvmesh.cluster.offline.batch import in_order
+from kvmesh.cluster.offline.loop_thread import LoopThread
 
 
 class Calls:
@@ -56,3 +57,14 @@ def test_errors_that_are_kept_have_their_places() -> None:
     first, error, *others = Calls().over(iter([0, -1, 2, 3]), keep_errors=True)
     assert isinstance(error, InvalidRequestError)
     assert [first, *others] == [0, 20, 30]
+
+
+def test_an_interrupted_wait_ends_its_call() -> None:
+    class Interrupted(Future[int]):
+        def result(self, timeout: float | None = None) -> int:
+            raise KeyboardInterrupt  # as Ctrl-C does in the thread that waits
+
+    future = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        LoopThread.wait(None, future)  # type: ignore[arg-type]
+    assert future.cancelled()
