@@ -67,6 +67,7 @@ ROUTING = tuple(
         "fairness",
         "leases",
         "choice",
+        "admission",
         "placement",
         "expectations",
         "long_prompts",
