@@ -42,7 +42,7 @@ class Loop:
         while self.timer is not None and not self.timer.cancelled and self.timer.due_s <= now_s:
             self.now_s, timer = self.timer.due_s, self.timer
             timer.call()
-            assert self.timer is not timer, "it goes on"
+            assert self.timer is not timer, "it continues"
         self.now_s = now_s
 
 

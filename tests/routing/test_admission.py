@@ -71,7 +71,7 @@ def test_what_never_fits_is_refused_and_those_after_it_are_served() -> None:
     assert granted([next_one]).request_id == "small"
 
 
-def test_who_excludes_every_group_is_told_when_to_come_back() -> None:
+def test_who_excludes_every_group_hears_when_to_come_back() -> None:
     router = router_with(groups={"g0": make_info(max_sequences=1)}, max_retry_s=5.0)
     place(router, "a", 160, 16, 0.0)
     waits(router, "b")
