@@ -182,10 +182,10 @@ class WatchedCall:
     """A call of a fake server; those that were made before it must have been ended."""
 
     def __init__(self, call: Any, before: list[WatchedCall]) -> None:
-        assert all(other.ended for other in before)
-        before.append(self)
         self._call = call
         self.ended = False
+        assert all(other.ended for other in before)
+        before.append(self)
 
     def read(self) -> Any:
         return self._call.read()

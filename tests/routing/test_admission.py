@@ -23,8 +23,10 @@ from tests.routing.groups import (
 PAGES = tuple(b"%d" % page for page in range(200))
 
 
-def waits(router: Router, name: str, *sizes: int, now: float = 0.0, **rest: object) -> None:
-    assert isinstance(router.place(ask(name, *sizes, **rest), now)[0], Enqueued)
+def waits(
+    router: Router, name: str, prompt: int = 160, out: int = 160, now: float = 0.0, **rest: object
+) -> None:
+    assert isinstance(router.place(ask(name, prompt, out, **rest), now)[0], Enqueued)
 
 
 def test_as_many_wait_for_the_group_of_their_prefix_as_that_is_worth() -> None:
