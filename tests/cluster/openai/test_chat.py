@@ -434,6 +434,22 @@ async def test_usage_in_every_chunk(server: HttpServer) -> None:
     assert lines[-1] == "data: [DONE]" and '"kvmesh"' not in "".join(lines)
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/v1/chat/completions", {"messages": HI}), ("/v1/completions", {"prompt": "hi"})],
+)
+@pytest.mark.parametrize("include", [True, False])
+async def test_usage_is_null_until_the_last_chunk_if_it_is_wanted(
+    server: HttpServer, path: str, body: dict[str, Any], include: bool
+) -> None:
+    options = {"include_usage": include}
+    *chunks, last, end = await server.events(
+        path, {**body, "stream": True, "stream_options": options}
+    )
+    assert ['"usage":null' in chunk for chunk in chunks] == [include] * len(chunks)
+    assert ('"total_tokens":7' in last) == include and end == "data: [DONE]"
+
+
 async def test_log_probabilities_keep_every_byte(
     server: HttpServer, contract: ScriptedContract
 ) -> None:
