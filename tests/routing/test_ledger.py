@@ -138,6 +138,13 @@ def test_equal_blocks_are_paid_for_once(account: Account) -> None:
     assert account.blocks.shared_pages(blocks) == 0
 
 
+def test_shared_pages_of_an_account_are_counted_by_its_groups_geometry() -> None:
+    info = make_info()
+    dealt = replace(info, geometry=replace(info.geometry, sink_pages=2, kvp=2))
+    blocks = Account("g0", dealt, 4).blocks
+    assert [blocks.sealed_pages(index) for index in range(2)] == [1, 2]
+
+
 def test_terms_say_what_others_paid_for(account: Account) -> None:
     blocks = (b"a", b"b", b"c", b"d")
     first = grant(account, PageNeed(1, 30), blocks=blocks)

@@ -71,8 +71,10 @@ def test_late_requests_let_those_of_their_own_priority_pass() -> None:
     queue.put(waiting("higher", 1, priority=1, due=90.0))
     queue.put(waiting("late", 2, due=2.0))
     queue.put(waiting("timely", 3, due=80.0))
-    assert names(queue, {"x": 0.0}, 2.0) == ["higher", "late", "timely"], "it is due now"
-    assert names(queue, {"x": 0.0}, 3.0) == ["higher", "timely", "late"]
+    queue.put(waiting("other", 4, due=70.0, tenant="y"))
+    used = {"x": 0.0, "y": 0.0}
+    assert names(queue, used, 2.0) == ["higher", "late", "other", "timely"], "it is due now"
+    assert names(queue, used, 3.0) == ["higher", "other", "timely", "late"]
 
 
 class Steady:

@@ -110,3 +110,17 @@ async def test_plans_are_kept_while_they_are_used(
     for pattern in ("a", "b", "a", "c", "a", "b"):
         await ask(plans, pattern)
     assert grammars.tried == ["a", "b", "c", "b"]
+
+
+async def test_a_plan_is_kept_for_prompts_that_leave_the_model_at_the_same_place(
+    grammars: Grammars,
+) -> None:
+    codec = LetterCodec()
+    codec.form = ModelForm(("b", "e"), None, {})
+    plans = AnswerPlanner(codec)
+    grammars.gate.set()
+    for tail in ("x", "y", "xb", "yb", "xe", "y"):
+        spec = AnswerSpec(StructuredSpec("regex", "a"), is_chat=True)
+        await plans.plan(spec, codec.encode(tail), "t")
+    plans.close()
+    assert len(grammars.tried) == 3, "before, within and after its thoughts"
