@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from kvmesh.cluster.routing.admission import DRAINS
 from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.errors import ExceedsEveryGroupError, NoRoomError
 from kvmesh.cluster.routing.fairness import TenantPolicy
@@ -44,6 +45,14 @@ def test_as_many_wait_for_the_group_of_their_prefix_as_that_is_worth() -> None:
     assert place(router, "d", 3200, 16, 20.0, page_hashes=PAGES).group == "g1"
     next_ones = [x.placement for x in emit(router, computes, 22.5) if isinstance(x, Granted)]
     assert {x.group for x in next_ones} == {"g0"}
+
+
+def test_a_large_request_takes_long_to_make_room_for() -> None:
+    router = router_with(groups={"g0": make_info()})
+    router.leases.mean_s = 4.0
+    live = router.admission.arrive(ask("r", 320, 320), 0.0)
+    pages = live.demand.by_kind[0].leased.sealed
+    assert live.drain_s == pytest.approx(DRAINS * pages / 100 * 4.0)
 
 
 def test_only_the_first_in_line_are_tried() -> None:

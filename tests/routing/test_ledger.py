@@ -215,10 +215,13 @@ def test_an_audit_finds_what_engine_and_ledger_disagree_about(account: Account) 
         (loads(replace(before, max_sealed_pages=21)), "max_sealed_pages=21"),
         (loads(replace(before, sequences=2)), "sequences=2"),
         (loads(before, hot=5, sealed=10), "hold 5 hot and 10 sealed pages"),
+        (loads(before, hot=4, sealed=11), "hold 4 hot and 11 sealed pages"),
     ):
         (fault,) = audit(account, wrong)
         assert words in fault
         assert all(part in fault for part in ("lease 7-0 of request r", "g0", "4", "1"))
+    second = grant(account, PageNeed(2, 30), number=1)
+    assert audit(account, loads(second.terms, before, hot=6, sealed=40)) == ()
     (fault,) = audit(account, loads(before, foreign(1, 1, 2)))
     assert fault == (
         "g0 has lease 3-1 of request unknown 1 hot and 2 sealed pages, and it is not in the ledger"
@@ -233,7 +236,8 @@ def test_shared_pages_are_those_that_every_rank_has(kvp: int, sink: int) -> None
     blocks = SharedBlocks(block_pages, sink, kvp)
     assert blocks.hold(names[:4]) == 0
     shared = blocks.shared_pages(names)
-    assert shared == blocks.hold(names[:4]) == blocks.drop(names[:4])
+    assert shared == blocks.hold(names[:4]) == blocks.hold(names[:4])
+    assert [blocks.drop(names[:4]) for _ in range(3)] == [shared, shared, 0]
     for offset in range(kvp):
         sealed = Counter((page + offset) % kvp for page in range(sink, 4 * block_pages))
         assert shared <= min(sealed[rank] for rank in range(kvp))

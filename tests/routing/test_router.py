@@ -402,6 +402,7 @@ def test_an_estimate_changes_nothing() -> None:
     router = one_at_a_time()
     before = router.admission.estimate(ask("a"), 0.0)
     assert (before.fits_now, before.group, before.projected_start_s) == (True, "g0", 0.0)
+    assert [verdict.reason for verdict in before.verdicts] == [Reason.CHOSEN]
     router.place(ask("b"), 0.0)
     after = router.admission.estimate(ask("a"), 0.0)
     assert (after.fits_ever, after.fits_now, after.group) == (True, False, None)
