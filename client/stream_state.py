@@ -179,7 +179,7 @@ class StreamState:
             seed=self._request.sampling_params.seed,
             choices=[state.received() for _, state in sorted(self._choices.items())],
             usage=self._usage,
-            prompt_logprobs=self._prompt_logprobs if self._prompt_logprobs.chosen else None,
+            prompt_logprobs=self._prompt_logprobs,
         )
 
     def _start(self, started: pb.Started) -> Started:

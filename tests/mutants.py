@@ -60,7 +60,22 @@ ENGINE = (
 LEADER = ("lease_book", "lease_book_machine", "leader_machine", "engine_thread", "leader", "blame")
 ROUTING = tuple(
     f"tests/routing/test_{name}.py"
-    for name in ("ledger", "queue", "placement", "router", "lost_growth", "properties")
+    for name in (
+        "ledger",
+        "dealt_ledger",
+        "queue",
+        "fairness",
+        "leases",
+        "choice",
+        "admission",
+        "placement",
+        "expectations",
+        "long_prompts",
+        "leaving",
+        "router",
+        "lost_growth",
+        "properties",
+    )
 )
 TARGETS = {
     "scheduler": _workers("scheduler", *ENGINE),
@@ -206,6 +221,12 @@ def in_text_only(change: Change) -> bool:
     return was == becomes
 
 
+def weakens_an_assertion(change: Change) -> bool:
+    """It lets `zip` accept what is not as long; that it is as long is never in doubt."""
+    was, becomes = (re.sub(r",\s*(strict=\w+)?\s*\)", ")", text) for text in change[1:])
+    return was == becomes and "strict=True" in change.was
+
+
 def listed_as_equivalent() -> set[Change]:
     entries = yaml.safe_load(EQUIVALENT.read_text("utf-8"))
     return {Change(x["function"], x["was"], x["becomes"]) for x in entries}
@@ -225,7 +246,11 @@ def main() -> None:
         outcomes = mutate(name, arguments.children, resume=arguments.resume)
         alive = [mutant for mutant, outcome in outcomes.items() if outcome == "survived"]
         changes = changes_of(WORK / name, alive)
-        real = [x for x in changes if x not in equivalent and not in_text_only(x)]
+        real = [
+            x
+            for x in changes
+            if not (x in equivalent or weakens_an_assertion(x) or in_text_only(x))
+        ]
         left += len(real)
         counts = Counter(outcomes.values())
         counts["survived"] = len(real)

@@ -82,7 +82,7 @@ class DealtArena:
         """See Arena.unshare."""
         self._part(page).unshare(page // self.kvp)
 
-    def release(self, page: int, worth: float = 0.0) -> None:
+    def release(self, page: int, worth: float) -> None:
         """See Arena.release."""
         self._part(page).release(page // self.kvp, worth)
 

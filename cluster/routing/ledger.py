@@ -35,7 +35,6 @@ class Account:
         self.group = group
         self._info = info
         self._leases: SortedDict[tuple[Age, str], Lease] = SortedDict()  # oldest first
-        self._adopted = 0
         self._growing: SortedDict[tuple[int, str], None] = SortedDict()  # by pages to grow
 
     @property
@@ -122,9 +121,10 @@ class Account:
         a search.
 
         Adopted leases are charged for pages that they share, as nothing tells which
-        those are, so pages may be free that the account does not show. While there are
-        adopted ones, the oldest of all therefore grows regardless: the router that granted
-        it kept its pages free. The next one does so only once that one has ended.
+        those are, so pages may be free that the account does not show. The oldest of all
+        leases therefore grows regardless: the router that granted it kept its pages free.
+        The next one does so only once that one has ended. Without adopted leases it never
+        has to: then the pages are free.
         """
         if not lease.need.sealed <= sealed_pages <= lease.max.sealed:
             raise LedgerError(
@@ -133,10 +133,9 @@ class Account:
             )
         more = sealed_pages - lease.need.sealed
         if more:
-            oldest_growing = next((x for x in self._leases.values() if x.to_grow > 0), None)
+            oldest_growing = next(x for x in self._leases.values() if x.to_grow > 0)
             left = self.free.sealed - more - (0 if oldest_growing is lease else self.reserve)
-            overstated = self._adopted > 0 and self._leases.peekitem(0)[1] is lease
-            if left < 0 and not overstated:
+            if left < 0 and self._leases.peekitem(0)[1] is not lease:
                 return False
             self._charge(0, more)
             self._set_growing(lease, False)
@@ -151,7 +150,6 @@ class Account:
         shared = self.blocks.drop(lease.blocks)
         self._charge(-lease.need.hot, shared - lease.need.sealed)
         self.sequences -= lease.sequences
-        self._adopted -= lease.adopted
         self._set_growing(lease, False)
 
     def check_integrity(self) -> None:
@@ -177,7 +175,6 @@ class Account:
         shared = self.blocks.hold(lease.blocks)
         self._charge(lease.need.hot, lease.need.sealed - shared)
         self.sequences += lease.sequences
-        self._adopted += lease.adopted
         self._set_growing(lease, True)
 
     def _charge(self, hot: int, sealed: int) -> None:

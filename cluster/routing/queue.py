@@ -39,7 +39,7 @@ class _Line:
         self.urgent_until = -math.inf  # late requests that came by then are urgent
         self._urgent_at = -math.inf
         self._arrivals: deque[float] = deque()  # of as many as wait
-        self._left: deque[float] = deque(maxlen=DEPARTURES)  # since it was empty
+        self._left: deque[float]  # since it was empty: the first to come, then each that left
 
     def __len__(self) -> int:
         return len(self.timely) + len(self.late)

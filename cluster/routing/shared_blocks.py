@@ -19,7 +19,7 @@ class SharedBlocks:
     kvp: to how many ranks consecutive pages are dealt
     """
 
-    def __init__(self, block_pages: int, sink_pages: int, kvp: int = 1) -> None:
+    def __init__(self, block_pages: int, sink_pages: int, kvp: int) -> None:
         self._block_pages = block_pages
         self._sink_pages = sink_pages
         self._kvp = kvp

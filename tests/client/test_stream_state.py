@@ -43,6 +43,7 @@ def test_every_event_is_returned_as_what_it_says() -> None:
         pb.ToolCallDelta(index=0, id="a", name="f", arguments_json="{"),
         pb.ToolCallDelta(index=1, id="b", name="g"),
         pb.ToolCallDelta(index=0, arguments_json="}"),
+        pb.ToolCallDelta(index=2, id="c", name="h"),
     ]
     delta = pb.Delta(
         index=2,

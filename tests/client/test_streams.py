@@ -15,10 +15,12 @@ import pytest
 
 from kvmesh import (
     AsyncClient,
+    AsyncFakeTransport,
     Client,
     ClosedError,
     DeadlineExceededError,
     Delta,
+    FakeTransport,
     FinishReason,
     ProtocolError,
     RetryPolicy,
@@ -174,6 +176,43 @@ def test_a_lost_stream_is_resumed_where_it_stopped(loss: Action, asynchronous: b
         assert request.resume.model_revision == "r1"
         assert [(c.index, list(c.token_ids), c.text_chars, c.finished) for c in
                 request.resume.choices] == [(0, [11, 12], 4, False), (1, [], 0, True)]  # fmt: skip
+
+
+class WatchedCall:
+    """A call of a fake server; those that were made before it must have been ended."""
+
+    def __init__(self, call: Any, before: list[WatchedCall]) -> None:
+        self._call = call
+        self.ended = False
+        assert all(other.ended for other in before)
+        before.append(self)
+
+    def read(self) -> Any:
+        return self._call.read()
+
+    def cancel(self) -> None:
+        self.ended = True
+        self._call.cancel()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_lost_call_is_ended_before_the_next_is_made(asynchronous: bool) -> None:
+    """Whether or not the transport has noticed that it is over."""
+    calls: list[WatchedCall] = []
+    fake: Any = (AsyncFakeTransport if asynchronous else FakeTransport)(["a b"])
+    make = fake.stream
+    fake.stream = lambda *args: WatchedCall(make(*args), calls)
+    fake.server.fail(UnavailableError("gone"), after_tokens=1)
+
+    async def read() -> list[str]:
+        return [x.text async for x in AsyncClient(transport=fake).generate_stream("hi")]
+
+    if asynchronous:
+        texts = asyncio.run(read())
+    else:
+        texts = [x.text for x in Client(transport=fake).generate_stream("hi")]
+    assert texts == ["a", " b", ""]
+    assert [call.ended for call in calls] == [True, True]
 
 
 def test_the_cursor_counts_text_in_code_points() -> None:

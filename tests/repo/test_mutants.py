@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import yaml
 
-from tests.mutants import EQUIVALENT, TARGETS, Change, in_text_only
+from tests.mutants import EQUIVALENT, TARGETS, Change, in_text_only, weakens_an_assertion
 from tests.repo.imports import ROOT
 
 
@@ -28,3 +28,11 @@ def test_mutants_of_messages_alone_are_recognised() -> None:
     assert in_text_only(Change("f", 'raise E("no room")', 'raise E("XXno roomXX")'))
     assert in_text_only(Change("f", 'x = float("inf")', 'x = float("INF")'))
     assert not in_text_only(Change("f", 'raise E("no room")', "raise E(None)"))
+
+
+def test_mutants_of_lengths_that_are_equal_are_recognised() -> None:
+    was = "for a, b in zip(x, y, strict=True):"
+    assert weakens_an_assertion(Change("f", was, "for a, b in zip(x, y, ):"))
+    assert weakens_an_assertion(Change("f", was, "for a, b in zip(x, y, strict=False):"))
+    assert not weakens_an_assertion(Change("f", was, "for a, b in zip(x, None, strict=True):"))
+    assert not weakens_an_assertion(Change("f", "zip(x, y, )", "zip(x, y)"))

@@ -46,6 +46,17 @@ def test_a_grant_beyond_the_free_pages_is_a_fault(account: Account) -> None:
         grant(account, PageNeed(4, 11), number=1)
 
 
+def test_what_a_lease_needs_to_fit(account: Account) -> None:
+    assert account.holds(PageNeed(64, 100), 0)
+    assert not account.holds(PageNeed(65, 1), 0)
+    assert not account.holds(PageNeed(1, 101), 0)
+    assert account.holds(PageNeed(1, 60), 40) and not account.holds(PageNeed(1, 60), 41)
+    grant(account, PageNeed(4, 10), max_sealed=30)  # 90 are free, 20 reserved
+    assert account.holds(PageNeed(60, 70), 20) and not account.holds(PageNeed(60, 71), 19)
+    assert account.holds(PageNeed(1, 75), 0, shared=5)
+    assert not account.holds(PageNeed(1, 76), 0, shared=5)
+
+
 def test_growth_needs_room(account: Account) -> None:
     first = grant(account, PageNeed(4, 60))
     second = grant(account, PageNeed(4, 30), number=1, max_sealed=40)
@@ -83,6 +94,37 @@ def test_the_oldest_lease_can_always_grow_to_its_maximum(account: Account) -> No
     account.check_integrity()
 
 
+def test_the_last_page_that_a_lease_may_grow_is_kept_for_it(account: Account) -> None:
+    young = grant(account, PageNeed(4, 20), number=2, max_sealed=40)
+    middle = grant(account, PageNeed(4, 20), number=1, max_sealed=21)
+    oldest = grant(account, PageNeed(4, 20), max_sealed=40)
+    assert account.grow(oldest, 40)
+    assert not account.grow(young, 21)
+    assert account.grow(middle, 21), "it is the oldest that grows now"
+    account.release(young)
+    account.release(middle)
+    grant(account, PageNeed(4, 20), number=3, max_sealed=21)
+    assert account.reserve == 1
+    account.check_integrity()
+
+
+def test_a_group_that_is_renamed_takes_its_leases_along(account: Account) -> None:
+    lease = grant(account, PageNeed(4, 10))
+    account.rename("g0 that leaves")
+    assert account.group == lease.group == "g0 that leaves"
+
+
+@pytest.mark.parametrize("damaged", ["free", "reserve", "sequences"])
+def test_an_account_that_is_not_the_sum_of_its_leases_is_found(
+    account: Account, damaged: str
+) -> None:
+    grant(account, PageNeed(4, 10), max_sealed=20)
+    account.check_integrity()
+    setattr(account, damaged, PageNeed(60, 91) if damaged == "free" else 3)
+    with pytest.raises(LedgerError, match=r"use, reserve and sequences are .* the leases sum to"):
+        account.check_integrity()
+
+
 def test_equal_blocks_are_paid_for_once(account: Account) -> None:
     blocks = tuple(bytes([i]) for i in range(15))
     need = PageNeed(4, 79)  # 60 pages in blocks of 4, the first page of which is the sink
@@ -96,6 +138,13 @@ def test_equal_blocks_are_paid_for_once(account: Account) -> None:
     assert account.blocks.shared_pages(blocks) == 0
 
 
+def test_shared_pages_of_an_account_are_counted_by_its_groups_geometry() -> None:
+    info = make_info()
+    dealt = replace(info, geometry=replace(info.geometry, sink_pages=2, kvp=2))
+    blocks = Account("g0", dealt, 4).blocks
+    assert [blocks.sealed_pages(index) for index in range(2)] == [1, 2]
+
+
 def test_terms_say_what_others_paid_for(account: Account) -> None:
     blocks = (b"a", b"b", b"c", b"d")
     first = grant(account, PageNeed(1, 30), blocks=blocks)
@@ -103,12 +152,13 @@ def test_terms_say_what_others_paid_for(account: Account) -> None:
     assert first.terms.shared_sealed_pages == 0
     # one page of the first block is the sink's
     assert second.terms == LeaseTerms("7-1", 7, 2, 20, 20, 11, sequences=2, number=1)
+    account.check_integrity()
 
 
 def test_what_the_engine_holds_is_adopted_even_beyond_the_capacity(account: Account) -> None:
     lease = account.adopt(foreign(9, 4, 120, sequences=2), 1.0)
     assert (account.free.sealed, account.sequences) == (-20, 2)
-    assert (lease.to_grow, lease.arrived) == (0, True)
+    assert (lease.max, lease.to_grow, lease.arrived) == (PageNeed(4, 120), 0, True)
     with pytest.raises(LedgerError, match="already"):
         account.adopt(foreign(9, 4, 120), 1.0)
     account.release(lease)
@@ -165,10 +215,13 @@ def test_an_audit_finds_what_engine_and_ledger_disagree_about(account: Account) 
         (loads(replace(before, max_sealed_pages=21)), "max_sealed_pages=21"),
         (loads(replace(before, sequences=2)), "sequences=2"),
         (loads(before, hot=5, sealed=10), "hold 5 hot and 10 sealed pages"),
+        (loads(before, hot=4, sealed=11), "hold 4 hot and 11 sealed pages"),
     ):
         (fault,) = audit(account, wrong)
         assert words in fault
         assert all(part in fault for part in ("lease 7-0 of request r", "g0", "4", "1"))
+    second = grant(account, PageNeed(2, 30), number=1)
+    assert audit(account, loads(second.terms, before, hot=6, sealed=40)) == ()
     (fault,) = audit(account, loads(before, foreign(1, 1, 2)))
     assert fault == (
         "g0 has lease 3-1 of request unknown 1 hot and 2 sealed pages, and it is not in the ledger"
@@ -183,7 +236,8 @@ def test_shared_pages_are_those_that_every_rank_has(kvp: int, sink: int) -> None
     blocks = SharedBlocks(block_pages, sink, kvp)
     assert blocks.hold(names[:4]) == 0
     shared = blocks.shared_pages(names)
-    assert shared == blocks.hold(names[:4]) == blocks.drop(names[:4])
+    assert shared == blocks.hold(names[:4]) == blocks.hold(names[:4])
+    assert [blocks.drop(names[:4]) for _ in range(3)] == [shared, shared, 0]
     for offset in range(kvp):
         sealed = Counter((page + offset) % kvp for page in range(sink, 4 * block_pages))
         assert shared <= min(sealed[rank] for rank in range(kvp))

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from collections import deque
 
+import pytest
+
 from kvmesh.cluster.routing.config import RouterTuning
 from kvmesh.cluster.routing.demand import DemandModel
 from kvmesh.cluster.routing.live import LiveRequest
@@ -69,7 +71,10 @@ def test_late_requests_let_those_of_their_own_priority_pass() -> None:
     queue.put(waiting("higher", 1, priority=1, due=90.0))
     queue.put(waiting("late", 2, due=2.0))
     queue.put(waiting("timely", 3, due=80.0))
-    assert names(queue, {"x": 0.0}, 3.0) == ["higher", "timely", "late"]
+    queue.put(waiting("other", 4, due=70.0, tenant="y"))
+    used = {"x": 0.0, "y": 0.0}
+    assert names(queue, used, 2.0) == ["higher", "late", "other", "timely"], "it is due now"
+    assert names(queue, used, 3.0) == ["higher", "other", "timely", "late"]
 
 
 class Steady:
@@ -106,8 +111,8 @@ def test_a_late_request_lets_others_pass_until_it_has_waited_as_long_as_in_order
     steady = Steady()
     steady.late("late")
     assert steady.first(200.5) == "late", "it is due first"
-    steady.until(228)
-    assert steady.last(228.0) == "late"
+    steady.until(230)
+    assert steady.last(230.0) == "late"
     steady.until(231)
     assert steady.first(231.0) == "late"
 
@@ -133,9 +138,22 @@ def test_a_request_that_a_full_group_has_to_make_room_for_is_urgent_earlier() ->
 
 def test_late_requests_go_first_while_nothing_is_known_of_waits() -> None:
     queue = WaitingQueue(10)
-    for number, due in enumerate((1.0, 50.0)):
+    for number, due in enumerate((0.5, 50.0)):
         queue.put(waiting(f"r{number}", number, due=due))
-    assert names(queue, {"x": 0.0}, 2.0) == ["r0", "r1"]
+    assert names(queue, {"x": 0.0}, 0.9) == ["r0", "r1"]
+
+
+def test_late_requests_go_first_while_others_need_not_wait() -> None:
+    queue = WaitingQueue(10)
+    queue.note_passed()
+    for number, due in enumerate((0.5, 50.0)):
+        queue.put(waiting(f"r{number}", number, due=due))
+    assert names(queue, {"x": 0.0}, 0.9) == ["r0", "r1"]
+
+
+def test_a_queue_has_no_negative_limit() -> None:
+    with pytest.raises(ValueError, match="limit must be at least 0, got -1"):
+        WaitingQueue(-1)
 
 
 def test_deadlines_come_up_in_their_order() -> None:
@@ -153,14 +171,16 @@ def test_deadlines_come_up_in_their_order() -> None:
 def test_a_line_leaves_at_the_rate_since_its_first_arrival() -> None:
     line = _Line()
     for round_start in (10.0, 1000.0):
-        lives = [waiting(f"r{n}", n, since=round_start) for n in range(MIN_DEPARTURES + 1)]
+        lives = [waiting(f"r{n}", n, since=round_start + n / 8) for n in range(MIN_DEPARTURES + 1)]
         for live in lives:
             line.put(live)
         for number, live in enumerate(lives[:MIN_DEPARTURES], 1):
             assert line._rate(round_start + 2.0 * number) == float("inf"), "too few have left"
-            assert line.remove(live, round_start + 2.0 * number) == 2.0 * number
+            waited_s = 2.0 * number - (number - 1) / 8
+            assert line.remove(live, round_start + 2.0 * number) == waited_s
         now = round_start + 2.0 * MIN_DEPARTURES
         assert line._rate(now) == 0.5
+        assert line._rate(round_start + 0.5) == 8.0
         assert line._rate(now + 2.0 * MIN_DEPARTURES) == 0.25
         line.remove(lives[-1], now)
         assert len(line) == 0, "and the next to come starts again"

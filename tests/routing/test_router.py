@@ -125,8 +125,10 @@ def test_a_full_queue_refuses_with_advice() -> None:
     router = one_at_a_time(queue_limit=1)
     for name in "ab":
         router.place(ask(name), 0.0)
-    error = refused(router.place(ask("c"), 0.0)[0], QueueFullError)
-    assert isinstance(error, QueueFullError)
+    (outcome,) = router.place(ask("c"), 0.0)
+    error = refused(outcome, QueueFullError)
+    assert isinstance(outcome, Refused) and isinstance(error, QueueFullError)
+    assert (outcome.request_id, len(outcome.verdicts)) == ("c", 1)
     assert error.retry_after_s > 0
     assert error.needed_bytes > 0
     assert router_status(router, 0.0).refused_total == {"QueueFullError": 1}
@@ -294,9 +296,9 @@ def test_a_request_that_lost_an_engine_waits_for_another_incarnation_of_it() -> 
 def test_an_engine_that_only_the_ingress_lost_is_used_again_after_a_while() -> None:
     """As after it hung for a moment; were it dead, the router would have lost it by then."""
     router = router_with(groups={"g0": make_info(epoch="e1")})
-    router.place(ask("a", lost_engines=frozenset(["e1"])), 0.0)
-    assert router.tick(LOST_ENGINE_S) == []
-    assert granted(router.tick(LOST_ENGINE_S + 1.0)).request_id == "a"
+    router.place(ask("a", lost_engines=frozenset(["e1"])), 100.0)
+    assert router.tick(100.0 + LOST_ENGINE_S) == []
+    assert granted(router.tick(100.0 + LOST_ENGINE_S + 1.0)).request_id == "a"
 
 
 def test_a_group_that_connects_again_has_the_leases_that_it_lists() -> None:
@@ -400,6 +402,7 @@ def test_an_estimate_changes_nothing() -> None:
     router = one_at_a_time()
     before = router.admission.estimate(ask("a"), 0.0)
     assert (before.fits_now, before.group, before.projected_start_s) == (True, "g0", 0.0)
+    assert [verdict.reason for verdict in before.verdicts] == [Reason.CHOSEN]
     router.place(ask("b"), 0.0)
     after = router.admission.estimate(ask("a"), 0.0)
     assert (after.fits_ever, after.fits_now, after.group) == (True, False, None)

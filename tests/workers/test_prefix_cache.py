@@ -49,7 +49,7 @@ def hold(cache: PrefixCache, number: int, forms: str = "hs") -> dict[str, int]:
 
 def release(cache: PrefixCache, pages: dict[str, int]) -> None:
     for form, page in pages.items():
-        {"h": cache.hot, "s": cache.sealed}[form].release(page)
+        {"h": cache.hot, "s": cache.sealed}[form].release(page, 0.0)
 
 
 @SEEN.required
@@ -157,6 +157,21 @@ def test_withdrawn_pages_are_not_found_but_stay_with_their_holders() -> None:
     assert (cache.hot.cached, cache.sealed.cached) == (0, 0)
 
 
+def test_pages_that_are_cached_already_are_evicted_last_while_they_are_pinned() -> None:
+    cache = make_cache()
+    pages = [hold(cache, number, "s") for number in range(3)]
+    for page in pages:
+        release(cache, page)
+    arena = cache.sealed
+    arena.pin(digest(0))
+    arena.pin(digest(1))
+    assert arena.parts[0].eviction_order == [pages[number]["s"] for number in (2, 0, 1)]
+    arena.pin(digest(2))
+    assert arena.parts[0].eviction_order == [pages[number]["s"] for number in (0, 1, 2)]
+    arena.unpin(digest(1))
+    assert arena.parts[0].eviction_order == [pages[number]["s"] for number in (1, 0, 2)]
+
+
 def test_a_block_is_reported_when_it_is_cached_and_when_its_last_form_is_gone() -> None:
     cache = make_cache(recent=1, hot=1, sealed=1)
     cache.note_block(digest(1))
@@ -172,7 +187,7 @@ def test_a_block_is_reported_when_it_is_cached_and_when_its_last_form_is_gone() 
     assert cache.take_changes() == {}, "its sealed form is still there"
     sealed = cache.sealed.take(0)
     assert cache.take_changes() == {digest(1): False}
-    cache.sealed.release(sealed)
+    cache.sealed.release(sealed, 0.0)
     again = hold(cache, 1, "s")
     cache.note_block(digest(1))
     release(cache, again)

@@ -99,5 +99,7 @@ def test_a_request_that_exceeds_the_pool_is_refused_with_bytes() -> None:
     engine, _ = make_engine(budget=60)
     with pytest.raises(PoolCapacityError) as caught:
         check_request(request("huge", [1] * 700, 90), engine.info)
-    assert caught.value.needed_bytes > caught.value.available_bytes > 0
-    assert not caught.value.retryable
+    needed, available = caught.value.needed_bytes, caught.value.available_bytes
+    assert needed > available > 0
+    assert f"needs {needed:,} bytes of KV cache; this group has {available:,}" in str(caught.value)
+    assert caught.value.retryable is False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import resource
@@ -194,7 +195,10 @@ async def test_lines_that_were_added_are_answered(files: Files) -> None:
 # Refusals
 
 
-@pytest.mark.parametrize("other", [[asking("a", "else"), asking("b")], [asking("a")], []])
+@pytest.mark.parametrize(
+    "other",
+    [[asking("a", "else"), asking("b")], [asking("a")], [asking("a"), "", asking("b")], []],
+)
 async def test_the_output_of_another_input_is_left_as_it_is(files: Files, other: Any) -> None:
     files.ask([asking("a"), asking("b")])
     await files.run()
@@ -253,6 +257,20 @@ async def test_a_full_disk_leaves_whole_lines_and_the_next_run_continues(files: 
     assert 10 < len(files.by_id()) < 100
     await files.run()
     assert len(files.by_id()) == 100
+
+
+async def test_an_output_that_may_not_be_on_the_disk_is_reported_and_closed(
+    files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(file: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    files.ask([asking("a")])
+    with pytest.raises(BatchRunError, match=r"cannot write .*: Input/output error"):
+        await files.run()
+    monkeypatch.undo()
+    assert (await files.run()).before == 1, "and its lock is free again"
 
 
 async def test_a_run_that_fails_leaves_what_was_answered(files: Files) -> None:

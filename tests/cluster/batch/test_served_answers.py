@@ -129,6 +129,25 @@ async def test_a_server_that_stays_away_ends_the_run(
     assert len(contract.requests) == 8  # at 0, 100, … and 700 s, when more than 600 have passed
 
 
+async def test_an_outage_counts_from_the_last_answer(
+    server: HttpServer, contract: ScriptedContract, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served_answers, "MAX_PAUSE_S", 0.0)
+    now_s = 0.0
+
+    def play(_: pb.GenerateRequest) -> Iterable[Event | Exception | asyncio.Event]:
+        nonlocal now_s
+        now_s += 500.0
+        yield from [FULL] if now_s % 1000.0 else words("Hello")(_)
+
+    contract.script = play
+    async with ServedAnswers(base_url(server.url), KEY, lambda: now_s) as answers:
+        answers.pause_s = 0.0
+        for _ in range(3):
+            assert (await answers.answer(request())).status_code == 200
+    assert now_s == 3000.0
+
+
 async def test_what_is_no_such_server_is_named(server: HttpServer) -> None:
     async with ServedAnswers(base_url(server.url), "another-key") as answers:
         for call in (answers.model(), answers.answer(request())):

@@ -416,6 +416,15 @@ async def test_a_stream(server: HttpServer, contract: ScriptedContract) -> None:
     assert len({chunk.id for chunk in chunks}) == 1
 
 
+async def test_each_choice_of_a_stream_begins_with_its_role(server: HttpServer) -> None:
+    async with server.client() as client:
+        stream = await client.chat.completions.create(model="m", messages=HI, n=2, stream=True)
+        roles: dict[int, list[str | None]] = {0: [], 1: []}
+        async for chunk in stream:
+            roles[chunk.choices[0].index].append(chunk.choices[0].delta.role)
+    assert list(roles.values()) == [["assistant", None, None]] * 2
+
+
 async def test_usage_in_every_chunk(server: HttpServer) -> None:
     options = {"continuous_usage_stats": True}
     body = {"messages": HI, "stream": True, "stream_options": options}
@@ -423,6 +432,22 @@ async def test_usage_in_every_chunk(server: HttpServer) -> None:
     assert '"usage":{"prompt_tokens":5,"completion_tokens":1' in lines[0]
     assert '"usage":{"prompt_tokens":5,"completion_tokens":2' in lines[1]
     assert lines[-1] == "data: [DONE]" and '"kvmesh"' not in "".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/v1/chat/completions", {"messages": HI}), ("/v1/completions", {"prompt": "hi"})],
+)
+@pytest.mark.parametrize("include", [True, False])
+async def test_usage_is_null_until_the_last_chunk_if_it_is_wanted(
+    server: HttpServer, path: str, body: dict[str, Any], include: bool
+) -> None:
+    options = {"include_usage": include}
+    *chunks, last, end = await server.events(
+        path, {**body, "stream": True, "stream_options": options}
+    )
+    assert ['"usage":null' in chunk for chunk in chunks] == [include] * len(chunks)
+    assert ('"total_tokens":7' in last) == include and end == "data: [DONE]"
 
 
 async def test_log_probabilities_keep_every_byte(

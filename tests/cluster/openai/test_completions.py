@@ -195,6 +195,18 @@ async def test_streams_of_several_prompts_have_one_end(
     for chunk in chunks[:-1]:
         texts[chunk.choices[0].index] += chunk.choices[0].text
     assert texts == dict.fromkeys(range(4), "Hello there.")
-    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]].count("stop") == 4
+    ends = [chunk.choices[0] for chunk in chunks[:-1] if chunk.choices[0].finish_reason]
+    assert sorted((end.index, end.finish_reason) for end in ends) == [(i, "stop") for i in range(4)]
     assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == 8
     assert contract.ended == 2
+
+
+@pytest.mark.parametrize(("prompts", "kv_bytes"), [(["a"], "4096"), (["a", "b"], None)])
+async def test_a_stream_begins_with_what_is_reserved_if_that_is_known(
+    server: HttpServer, prompts: list[str], kv_bytes: str | None
+) -> None:
+    """The second of two prompts may still wait when the reply begins."""
+    body = {"prompt": prompts, "stream": True}
+    async with server.http.stream("POST", "/v1/completions", json=body) as reply:
+        assert reply.headers.get("x-kvmesh-kv-bytes") == kv_bytes
+        await reply.aread()

@@ -223,8 +223,10 @@ async def test_reasoning_and_calls_are_items(
         ]
         assert {item.status for item in response.output} == {"completed"}
     opened = [event.item.type for event in events if event.type == "response.output_item.added"]
-    closed = [event.item.type for event in events if event.type == "response.output_item.done"]
-    assert opened == closed == ["reasoning", "message", "function_call", "function_call"]
+    closed = [event.item for event in events if event.type == "response.output_item.done"]
+    assert {item.status for item in closed} == {"completed"}
+    closed_types = [item.type for item in closed]
+    assert opened == closed_types == ["reasoning", "message", "function_call", "function_call"]
     parts = [e for e in events if e.type == "response.function_call_arguments.delta"]
     assert "".join(part.delta for part in parts) == '{"city":"Rome"}{}'
     indexes = [event.output_index for event in events if hasattr(event, "output_index")]

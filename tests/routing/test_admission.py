@@ -1,0 +1,113 @@
+"""Which of those that wait are tried when the queue is read, and what becomes of the others."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvmesh.cluster.routing.admission import DRAINS
+from kvmesh.cluster.routing.config import RouterConfig
+from kvmesh.cluster.routing.errors import ExceedsEveryGroupError, NoRoomError
+from kvmesh.cluster.routing.fairness import TenantPolicy
+from kvmesh.cluster.routing.outcome import Enqueued, Granted, Refused
+from kvmesh.cluster.routing.router import Router
+from tests.routing.groups import (
+    SLOW,
+    ask,
+    emit,
+    end,
+    granted,
+    make_info,
+    place,
+    router_with,
+)
+
+PAGES = tuple(b"%d" % page for page in range(200))
+
+
+def waits(
+    router: Router, name: str, prompt: int = 160, out: int = 160, now: float = 0.0, **rest: object
+) -> None:
+    assert isinstance(router.place(ask(name, prompt, out, **rest), now)[0], Enqueued)
+
+
+def test_as_many_wait_for_the_group_of_their_prefix_as_that_is_worth() -> None:
+    """Each makes the next wait for longer there, until computing the prefix again costs less."""
+    infos = {name: make_info(sealed=1000) for name in ("g0", "g1")}
+    router = router_with(pace=SLOW, groups=infos, ahead_s=0.5, balance_s=10.0)
+    only = {name: {"excluded_groups": frozenset(infos.keys() - {name})} for name in infos}
+    end(router, place(router, "a", 1600, 16, 0.0, page_hashes=PAGES[:100], **only["g0"]), 5.0)
+    emit(router, place(router, "half of g1", 8000, 16, 10.0, **only["g1"]), 19.0)
+    computes = place(router, "computes", 2500, 16, 20.0, **only["g0"])
+    waits(router, "first in line", 160, 16, now=20.0, **only["g0"])
+    # 1.7 s to compute after 2.5 s on g0, or 3.2 s at once on g1, which is fuller: worth 2.5 s.
+    for name in ("b", "c"):
+        waits(router, name, 3200, 16, now=20.0, page_hashes=PAGES)
+    assert place(router, "d", 3200, 16, 20.0, page_hashes=PAGES).group == "g1"
+    next_ones = [x.placement for x in emit(router, computes, 22.5) if isinstance(x, Granted)]
+    assert {x.group for x in next_ones} == {"g0"}
+
+
+def test_a_large_request_takes_long_to_make_room_for() -> None:
+    router = router_with(groups={"g0": make_info()})
+    router.leases.mean_s = 4.0
+    live = router.admission.arrive(ask("r", 320, 320), 0.0)
+    pages = live.demand.by_kind[0].leased.sealed
+    assert live.drain_s == pytest.approx(DRAINS * pages / 100 * 4.0)
+
+
+def test_only_the_first_in_line_are_tried() -> None:
+    for depth, is_tried in ((1, False), (2, True)):
+        router = router_with(groups={"g0": make_info()}, backfill_depth=depth)
+        place(router, "running", 1120, 16, 0.0)  # which leaves 32 pages
+        waits(router, "large", 800, 16)
+        own, *_ = router.place(ask("small", 16, 16), 0.0)
+        assert isinstance(own, Granted) == is_tried
+
+
+def test_who_is_over_its_quota_holds_nobody_back() -> None:
+    quota = TenantPolicy(quota_bytes=make_info().geometry.bytes_of(make_info().geometry.need(320)))
+    router = router_with(groups={"g0": make_info()}, tenants={"x": quota})
+    place(router, "a", 160, 100, 0.0, tenant="x")
+    waits(router, "b", 160, 100, tenant="x")
+    assert place(router, "c", 160, 100, 0.0, tenant="y").group == "g0"
+
+
+def test_what_never_fits_is_refused_and_those_after_it_are_served() -> None:
+    router = Router(RouterConfig(), epoch=2, now=0.0, expected_groups=["g0"])
+    waits(router, "large", 10_000, priority=1)
+    waits(router, "small")
+    never, next_one = router.group_up("g0", make_info(), (), 1.0)
+    assert isinstance(never, Refused) and isinstance(never.error, ExceedsEveryGroupError)
+    assert never.request_id == "large" and len(never.verdicts) == 1
+    assert granted([next_one]).request_id == "small"
+
+
+def test_who_excludes_every_group_hears_when_to_come_back() -> None:
+    router = router_with(groups={"g0": make_info(max_sequences=1)}, max_retry_s=5.0)
+    place(router, "a", 160, 16, 0.0)
+    waits(router, "b")
+    (refused,) = router.place(ask("c", excluded_groups=frozenset({"g0"})), 0.0)
+    assert isinstance(refused, Refused) and refused.request_id == "c"
+    assert type(refused.error) is NoRoomError
+    assert refused.error.retry_after_s == 5.0, "it cannot start anywhere"
+
+
+def test_a_group_of_another_kind_is_tried_as_soon_as_it_is_up() -> None:
+    router = router_with(groups={"g0": make_info(max_sequences=1)})
+    place(router, "a", 160, 16, 0.0)
+    waits(router, "b")
+    outcomes = router.group_up("g1", make_info(sealed=50, epoch="e1"), (), 0.1)
+    assert granted(outcomes).group == "g1"
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_only_late_ones_are_promised_a_group_besides_the_first(late: bool) -> None:
+    infos = {name: make_info() for name in ("g0", "g1")}
+    router = router_with(pace=SLOW, groups=infos, ahead_s=1e9, patience_s=1.0, stretch=0.0)
+    for number in range(2):
+        place(router, f"running-{number}", 480, 160, 0.0)
+    now = 8.0 if late else 1.0
+    for name in ("large-0", "large-1"):
+        waits(router, name, 960, 320, now=1.0)
+    own, *_ = router.place(ask("slow", 300, 380), now)
+    assert isinstance(own, Enqueued) == late
