@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvmesh.cluster.routing.admission import DRAINS
+from kvmesh.cluster.routing.admission import DRAINS, MAX_PROMISES, NEAR
 from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.errors import ExceedsEveryGroupError, NoRoomError
 from kvmesh.cluster.routing.fairness import TenantPolicy
@@ -111,3 +111,30 @@ def test_only_late_ones_are_promised_a_group_besides_the_first(late: bool) -> No
         waits(router, name, 960, 320, now=1.0)
     own, *_ = router.place(ask("slow", 300, 380), now)
     assert isinstance(own, Enqueued) == late
+
+
+@pytest.mark.parametrize("spare", [0, 1])
+def test_so_many_groups_are_promised_at_a_time(spare: int) -> None:
+    """Late requests wait for all groups; one that has no promise takes what is free there."""
+    infos = {f"g{number}": make_info() for number in range(MAX_PROMISES + spare)}
+    router = router_with(pace=SLOW, groups=infos, ahead_s=1e9, patience_s=1.0, stretch=0.0)
+    for number in range(len(infos)):
+        place(router, f"running-{number}", 480, 160, 0.0)
+    for number in range(MAX_PROMISES + 1):
+        waits(router, f"large-{number}", 960, 320, now=1.0)
+    own, *_ = router.place(ask("slow", 300, 380), 8.0)
+    assert isinstance(own, Granted) == bool(spare)
+
+
+def test_the_first_in_line_get_a_new_forecast_when_the_queue_is_read() -> None:
+    router = router_with(groups={"g0": make_info(max_sequences=1)})
+    place(router, "running", 160, 160, 0.0)
+    for number in range(NEAR + 1):
+        waits(router, f"r{number}")
+    last = NEAR - 1
+    before = [x.projected_start_s or 0.0 for x in router.admission.standings(0.0)]
+    after = [x.projected_start_s or 0.0 for x in router.admission.standings(100.0)]
+    ahead_s = [n * router.leases.mean_s for n in range(NEAR + 1)]
+    assert before == pytest.approx([before[0] + each for each in ahead_s])
+    assert after[last] > ahead_s[last], "the running one is late, and longer than expected"
+    assert after[NEAR] == pytest.approx(ahead_s[NEAR]), "still to start at a time that has passed"
