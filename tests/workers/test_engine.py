@@ -455,7 +455,7 @@ def test_the_pool_is_what_the_smallest_rank_can_hold() -> None:
     assert (info.capacity, info.max_num_seqs, info.max_model_len) == (PageNeed(6, 32), 2, 90)
     assert info.capacity_bytes == 2 * (6 * 4 + 32)
     assert (info.model, info.model_revision, info.dtype) == ("memory", "0", "float32")
-    assert (info.kv_format, info.tp, info.vocab_size) == ("int8", 1, VOCAB)
+    assert (info.kv_format, info.tp, info.vocab_size) == ("k8v4", 1, VOCAB)
     assert info.prefix_cache
     assert info.epoch != Engine(config, UnequalExecutor(PAGE, 1, 1, 200)).info.epoch
 
