@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import sys
 from pathlib import PurePath
 from typing import Any
@@ -22,6 +23,8 @@ from kvmesh.workers.threads import wait_passively
 
 wait_passively(os.environ)
 keep_compiled_loops(os.environ)
+# Shells start background jobs with Ctrl-C ignored, and commands that tests interrupt inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 if "PYTEST_XDIST_WORKER" in os.environ:  # there is a process for each core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
