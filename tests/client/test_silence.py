@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -258,3 +259,11 @@ def test_a_long_silence_does_not_end_a_connection_with_too_many_pings(
     monkeypatch.setattr(grpc_transport, "_CHANNEL_OPTIONS", scaled(tuple(often.items())))
     with pytest.raises(UnavailableError, match="Too many pings"):
         attempt()
+
+
+def test_a_call_that_its_reader_ends_is_watched_no_longer() -> None:
+    call = grpc_transport.GrpcStreamCall(SimpleNamespace(cancel=lambda: None), 1000.0)
+    timer = call._timer
+    assert timer is not None and not timer.finished.is_set()
+    call.cancel()
+    assert timer.finished.is_set()

@@ -347,12 +347,14 @@ async def test_a_stop_string_ends_its_own_sequence_alone() -> None:
     alone.deliver("l1.0", 5, 2, 3, 4)
     await alone.until(lambda: bool(alone.around.ended))
     alone.deliver("l1.0", 6)  # on its way meanwhile
+    alone.deliver("l1.1", 5)
+    await alone.until(lambda: any(5 in x.delta.token_ids and x.delta.index for x in alone.received))
     alone.deliver("l1.0", end=EndReason.STOP)
     alone.deliver("l1.1", end=EndReason.LENGTH)
     await over(task)
-    assert alone.around.ended == [(["l1.0"], EndReason.STOP)]
+    assert alone.around.ended == [(["l1.0"], EndReason.STOP)], "it is ended once"
     deltas = [event.delta for event in alone.received if event.HasField("delta")]
-    for index, (text, tokens) in enumerate([("F", [5, 2, 3]), ("C", [2])]):
+    for index, (text, tokens) in enumerate([("F", [5, 2, 3]), ("CF", [2, 5])]):
         own = [delta for delta in deltas if delta.index == index]
         assert "".join(delta.text for delta in own) == text
         assert [token for delta in own for token in delta.token_ids] == tokens

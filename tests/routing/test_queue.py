@@ -62,6 +62,15 @@ def test_a_queue_orders_by_priority_then_use_then_due_time() -> None:
     assert len(queue) == 0
 
 
+def test_nobody_asks_about_a_tenant_whose_last_request_has_left() -> None:
+    queue = WaitingQueue(100)
+    gone, left = waiting("r0", 0, tenant="gone"), waiting("r1", 1, tenant="left")
+    queue.put(gone)
+    queue.put(left)
+    queue.remove(gone, 1.0)
+    assert names(queue, {"left": 0.0}, 1.0) == ["r1"]
+
+
 def test_late_requests_let_those_of_their_own_priority_pass() -> None:
     """Whatever waits with a higher one."""
     queue = WaitingQueue(100)

@@ -73,6 +73,17 @@ def test_a_suspect_that_waits_for_its_lease_does_not_keep_others_from_their_tria
     assert [delta.request_id for delta in ended] == ["next"]
 
 
+def test_steps_are_computed_alone_until_a_suspect_has_ended_untried() -> None:
+    engine, _ = make_engine(in_flight=2)
+    engine.add(request("suspect", [3] * 3 * PAGE, suspicion=1))
+    engine.add(request("other", [4] * 4))
+    engine.step()
+    assert not engine.awaits_result
+    engine.abort("suspect")
+    engine.step()
+    assert engine.awaits_result, "nobody is on trial any more"
+
+
 async def test_the_leader_ends_each_sequence_as_it_may_have_caused_the_failure() -> None:
     async with running() as (leader, executor):
         inbox = Inbox()

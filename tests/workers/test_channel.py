@@ -7,10 +7,12 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 
+from kvmesh.workers import channel
 from kvmesh.workers.channel import (
     Allocated,
     ChannelExecutor,
@@ -342,6 +344,25 @@ def test_a_step_is_learned_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     started_s = time.monotonic()
     execute(executor, PLAN)
     assert 0.0 <= learned_s[0] <= time.monotonic() - started_s
+    executor.close()
+    threads[0].join(60)
+
+
+def test_a_step_in_flight_is_learned_from_the_result_of_the_one_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    executor = ChannelExecutor(1)
+    threads = start_ranks(executor, lambda end, rank: answer_everything(end, rank, []))
+    executor.describe()
+    learned_s: list[float] = []
+    monkeypatch.setattr(executor._step_limit, "learn", lambda plan, s: learned_s.append(s))
+    times = iter((100.0, 100.5, 105.0, 108.0))
+    monkeypatch.setattr(channel, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    executor.submit(PLAN)
+    executor.submit(PLAN)
+    executor.result()
+    executor.result()
+    assert learned_s == [5.0, 3.0]
     executor.close()
     threads[0].join(60)
 

@@ -148,6 +148,7 @@ def test_an_engine_that_waits_for_growth_reports_and_continues_when_it_comes() -
 
     def then(thread: EngineThread, deltas: list[SequenceDelta], loads: EngineLoads | None) -> None:
         if engine.stalled and loads is not None and not deltas:
+            assert not stalls, "it still waits"
             stalls.append(loads.running)
             thread.put(lambda e: e.extend(LeaseTerms("l", 1, 1, 9, 9)))
         elif not engine.has_work and engine.scheduler.preemptions_total == 0 and deltas:
@@ -156,6 +157,7 @@ def test_an_engine_that_waits_for_growth_reports_and_continues_when_it_comes() -
     listener = run(
         lambda: engine, lambda e: e.add(request("a", [3, 4], params=params, lease=lease)), then=then
     )
+    assert not listener.failures
     assert stalls == [1], "it is reported once, and does not spin"
     assert tokens_of(listener.deltas) == expected_output([3, 4], 2 * PAGE, ignore_eos=True)
 

@@ -254,6 +254,19 @@ async def test_cached_blocks_and_loads_come_with_the_reports() -> None:
         assert leader.account.loads.prompt_tokens_total == len(prompt)
 
 
+async def test_who_receives_an_end_finds_it_in_the_report() -> None:
+    async with running() as (leader, executor):
+        executor.allow(1)
+        reported: list[int] = []
+
+        def deliver(deltas: list[SequenceDelta]) -> None:
+            reported.append(leader.account.loads.completion_tokens_total)
+
+        leader.submit([request("a", [3, 4], 1)], deliver)
+        await idle(leader)
+        assert reported == [1]
+
+
 async def test_drain_waits_for_running_sequences() -> None:
     async with running() as (leader, executor):
         inbox = Inbox()

@@ -321,6 +321,13 @@ def test_no_more_alternatives_are_listed_than_there_are_tokens() -> None:
     assert sorted(i for i, _ in token.top) == [0, 1, 2, 3, 4]
 
 
+def test_no_more_alternatives_of_a_prompts_token_are_listed_than_there_are_tokens() -> None:
+    sampler = Sampler(VOCAB, (EOS,), CPU, tuple(range(5, VOCAB)))
+    sampler.start_row(RowStart(0, SamplingParams(prompt_logprobs=20), 1, b""))
+    found = sampler.score(0, torch.randn(1, VOCAB), torch.tensor([3]))
+    assert sorted(np.frombuffer(found.top_ids, np.int32).tolist()) == [0, 1, 2, 3, 4]
+
+
 def masks_of(allowed: dict[int, list[int]]) -> TokenMasks:
     """By position among the sampled rows: the allowed tokens."""
     bits = np.zeros((len(allowed), 32 * -(-VOCAB // 32)), np.uint8)

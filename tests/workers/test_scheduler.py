@@ -227,6 +227,20 @@ def test_windows_count_as_a_sequences_own_hot_pages(sink: int, recent: int) -> N
     assert bench.plan() == {"a": 2 * PAGE}
 
 
+def test_exact_pages_in_the_middle_of_a_prompt_are_evicted_before_those_at_an_end() -> None:
+    """Another prompt is not likely to end there, however long the one before it was."""
+    bench = Bench(sealed=60, recent=1, headroom=40, prefix_cache=True)
+    bench.add("short", PAGE + 1, max_tokens=1)
+    bench.plan()
+    (arena,) = bench.scheduler.cache.hot.parts
+    (end_of_short,) = arena.eviction_order
+    bench.add("long", 24 * PAGE + 1, max_tokens=1)
+    while bench.plan():
+        pass
+    evicted_before = arena.eviction_order.index(end_of_short)
+    assert evicted_before == 24 - 3  # of 24 full pages an eighth is at the end
+
+
 def test_prompts_are_computed_in_order_of_arrival_after_all_decoding() -> None:
     bench = Bench(sealed=20, tokens=10)
     bench.add("first", 4)
