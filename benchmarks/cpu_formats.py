@@ -24,12 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.control_plane.__main__ import HERE, commit_of, conditions
-from benchmarks.engine import prompt_of
+from benchmarks.engine import make_engine, prompt_of
 from kvmesh.kernels.formats.registry import get_format
-from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.engine import Engine
-from kvmesh.workers.local import local_executor
-from kvmesh.workers.model.embedded import EMBEDDED_NAME
 from kvmesh.workers.request import EngineRequest
 from kvmesh.workers.sampling_params import SamplingParams
 
@@ -51,19 +48,6 @@ class Cost:
     prefill_s: float
     median_step_ms: float
     mean_step_ms: float
-
-
-def engine_of(kv_format: str, threads: int) -> Engine:
-    config = EngineConfig(
-        model=EMBEDDED_NAME,
-        kv_format=kv_format,
-        kv_memory_bytes=2 << 30,
-        max_num_seqs=MAX_STREAMS,
-        prefix_cache=False,
-        kv_probe="off",
-        threads_per_rank=threads,
-    )
-    return Engine(config, local_executor(config))
 
 
 def prefill_s(engine: Engine, prompts: list[list[int]], tokens: int) -> float:
@@ -132,7 +116,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     names = [get_format(name).name for name in arguments.kv_format.split(",")]
-    engines = {name: engine_of(name, arguments.threads) for name in names}
+    engines = {name: make_engine(name, MAX_STREAMS, arguments.threads) for name in names}
     seeds = itertools.count()
     measure(engines, [prompt_of(200, next(seeds))])  # loops are compiled
     cases = [(1, int(length)) for length in arguments.prompts.split(",")]

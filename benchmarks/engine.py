@@ -52,7 +52,7 @@ def prompt_of(length: int, seed: int) -> list[int]:
     return [int(i) for i in np.random.default_rng(seed).integers(100, 40_000, length)]
 
 
-def make_engine(kv_format: str, max_num_seqs: int = 16) -> Engine:
+def make_engine(kv_format: str, max_num_seqs: int = 16, threads: int | None = None) -> Engine:
     config = EngineConfig(
         model=EMBEDDED_NAME,
         kv_format=kv_format,
@@ -60,6 +60,7 @@ def make_engine(kv_format: str, max_num_seqs: int = 16) -> Engine:
         max_num_seqs=max_num_seqs,
         prefix_cache=False,
         kv_probe="off",
+        threads_per_rank=threads,
     )
     return Engine(config, local_executor(config))
 
