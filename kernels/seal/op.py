@@ -40,12 +40,12 @@ def seal_layers(
             "hot_ids, sealed_ids: expected equal shapes [n], "
             f"got {tuple(hot_ids.shape)} and {tuple(sealed_ids.shape)}"
         )
-    num_layers, _, sides, num_kv_heads, page_size, head_dim = hot.shape
-    if sides != fmt.stored_sides:
+    if hot.dim() != 6 or hot.shape[2] != fmt.stored_sides:
         raise ValueError(
-            f"hot: expected {fmt.stored_sides} in place of 2 for format {fmt.name}, "
-            f"got {tuple(hot.shape)}"
+            f"hot: expected [num_layers, num_hot_pages, {fmt.stored_sides}, num_kv_heads, "
+            f"page_size, head_dim] for format {fmt.name}, got {tuple(hot.shape)}"
         )
+    num_layers, _, _, num_kv_heads, page_size, head_dim = hot.shape
     page_bytes = fmt.page_bytes(page_size, head_dim, hot.element_size())
     if (
         sealed.dtype != torch.uint8

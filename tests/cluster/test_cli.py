@@ -20,6 +20,7 @@ from typer.testing import CliRunner, Result
 import kvmesh.client
 from kvmesh.client import Client, FakeServer, FakeTransport, KVMeshError
 from kvmesh.client import errors as sdk
+from kvmesh.cluster.cli import options as cli_options
 from kvmesh.cluster.cli.commands import app
 from kvmesh.cluster.cli.exits import CommandFailed, ExitCode, exit_code_of, friendly_errors
 from kvmesh.cluster.errors import StartError
@@ -228,6 +229,12 @@ def test_every_error_of_the_sdk_has_an_exit_code() -> None:
     assert exit_code_of(KeyError("a bug")) is None
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli_options, "CONNECT_S", 0.2)
+
+
+@pytest.mark.usefixtures("impatient")
 def test_a_server_that_is_not_there_is_unreachable() -> None:
     result = run("status", "--target", "localhost:1", "--api-key", "k")
     assert result.exit_code == ExitCode.UNREACHABLE
@@ -284,6 +291,7 @@ def test_the_key_may_come_from_a_file(tmp_path: Path) -> None:
     assert len(servicer.requests) == 1
 
 
+@pytest.mark.usefixtures("impatient")
 def test_the_connection_may_be_encrypted(tmp_path: Path) -> None:
     server, client = self_signed("localhost"), self_signed("client")
     files = {"ca": server.cert, "cert": client.cert, "key": client.key}

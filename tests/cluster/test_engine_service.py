@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 import numpy as np
 import pytest
 
+from kvmesh.cluster import engine_service as engine_service_module
 from kvmesh.cluster.engine_service import EngineService, _Ingress
 from kvmesh.cluster.errors import EngineLostError
 from kvmesh.cluster.link import Address, LinkError
@@ -176,7 +177,10 @@ async def test_an_engine_that_drains_says_so_at_once_and_ends_what_runs(running:
     assert ended(far) == {"l.0": EndReason.LENGTH}
 
 
-async def test_a_drain_ends_when_its_time_is_over(running: Running) -> None:
+async def test_a_drain_ends_when_its_time_is_over(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_service_module, "HAND_OVER_S", 0.1)  # of which it takes all
     ingress, far = running.ingress()
     ingress.received(submission("l", []))
     running.executor.allow(2)

@@ -52,7 +52,7 @@ def test_what_the_proxy_cannot_reach_is_unavailable(tmp_path: Path) -> None:
     file = tmp_path / "haproxy.cfg"
     file.write_text(
         hardened(
-            "defaults\n  mode http\n"
+            "defaults\n  mode http\n  retries 0\n"
             "  timeout connect 1s\n  timeout client 9s\n  timeout server 9s\n"
             "  errorfile 502 500.http\n  errorfile 503 500.http\n"
             f"listen l\n  bind 127.0.0.1:{port}\n  server s 127.0.0.1:{free_port()}\n"

@@ -91,6 +91,9 @@ def test_seal_nothing_and_wrong_shapes() -> None:
         seal_pages(hot, sealed, one, none, fmt=fmt)
     with pytest.raises(ValueError, match="sealed"):
         seal_pages(hot, sealed[..., :-1], one, one, fmt=fmt)
+    for wrong in (hot, hot[None, :, :1]):
+        with pytest.raises(ValueError, match=r"hot: expected \[num_layers, num_hot_pages, 2"):
+            seal_layers(wrong, sealed[None], one, one, fmt=fmt)
     with pytest.raises(ValueError, match=r"sealed: expected \[num_layers"):
         seal_layers(hot[None], sealed, one, one, fmt=fmt)
     with pytest.raises(ValueError, match="expected 1 layers as in hot, got 2"):

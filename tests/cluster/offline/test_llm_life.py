@@ -18,6 +18,7 @@ import pytest
 
 from kvmesh import LLM, ClosedError, ServerError, UsageError
 from kvmesh.cluster.offline import llm as llm_module
+from kvmesh.cluster.offline import local_cluster as local_cluster_module
 from kvmesh.cluster.offline.local_cluster import LocalCluster
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.local import InProcessExecutor
@@ -196,6 +197,7 @@ def test_engines_that_fail_in_vain_are_given_up(
     failing: type[FailingExecutor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(failing, "failing", range(1, 1000))
+    monkeypatch.setattr(local_cluster_module, "GUARD_PERIOD_S", 0.01)
     with tiny_llm() as made:
         errors = made.generate(["x"] * 20, max_tokens=3, on_error="return")
         assert all(isinstance(error, ServerError) for error in errors)
