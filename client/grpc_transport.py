@@ -39,7 +39,9 @@ _CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
     # Long enough for a server to restart, short enough to reconnect quickly.
     ("grpc.max_reconnect_backoff_ms", 2_000),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # In spite of its name, how long an attempt to connect may take: TCP, TLS and the first frames
+    # of HTTP/2 are several round trips, and a busy server is slow to answer.
+    ("grpc.min_reconnect_backoff_ms", 5_000),
 )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent import futures
@@ -110,6 +112,37 @@ def reserved_port() -> Iterator[int]:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as gRPC's servers do
         holder.bind(("127.0.0.1", 0))
         yield holder.getsockname()[1]
+
+
+@contextmanager
+def far_away(target: str, delay_s: float) -> Iterator[str]:
+    """A connection to the server at `target`, whose replies take longer by `delay_s`."""
+    host, _, port = target.rpartition(":")
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_connection((host, int(port))) as server,
+        futures.ThreadPoolExecutor(2) as threads,
+    ):
+
+        def pass_on(source: socket.socket, sink: socket.socket, wait_s: float) -> None:
+            with contextlib.suppress(OSError):  # one of the two has closed it
+                while data := source.recv(65536):
+                    time.sleep(wait_s)
+                    sink.sendall(data)
+            for end in (source, sink):
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+
+        def connect() -> None:
+            client, _ = listener.accept()
+            with client:
+                back = threads.submit(pass_on, server, client, delay_s)
+                pass_on(client, server, 0.0)
+                back.result()
+
+        connected = threads.submit(connect)
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+        connected.result()
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from kvmesh import (
 from kvmesh.client.failures import RetryState, error_of
 from kvmesh.client.transport import RpcFailure
 from kvmesh.protos import pb
-from tests.client.servicer import ScriptedServicer, answering, reserved_port, serving
+from tests.client.servicer import ScriptedServicer, answering, far_away, reserved_port, serving
 from tests.exercised import Exercised
 
 
@@ -378,7 +378,7 @@ def test_a_server_that_starts_late_is_found(asynchronous: bool) -> None:
         late = threading.Timer(0.1, lambda: late_server.enter_context(serving(SERVICER, target)))
         late.start()
         if asynchronous:
-            tokens = asyncio.run(tokenize(target))
+            tokens = asyncio.run(tokenize(target, RetryPolicy()))
         else:
             with Client(target) as client:
                 tokens = client.tokenize("hi")
@@ -386,9 +386,21 @@ def test_a_server_that_starts_late_is_found(asynchronous: bool) -> None:
     assert tokens.token_ids == (1, 2)
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_server_that_is_far_away_needs_no_retry(asynchronous: bool) -> None:
+    """Each of the first replies takes a while, as over an ocean, or from a busy machine."""
+    with serving(SERVICER) as near, far_away(near, 0.3) as target:
+        if asynchronous:
+            tokens = asyncio.run(tokenize(target, NO_RETRY))
+        else:
+            with Client(target, retry=NO_RETRY) as client:
+                tokens = client.tokenize("hi")
+    assert tokens.token_ids == (1, 2)
+
+
 SERVICER = ScriptedServicer(answering(pb.TokenizeResponse(token_ids=[1, 2])))
 
 
-async def tokenize(target: str) -> Tokens:
-    async with AsyncClient(target) as client:
+async def tokenize(target: str, retry: RetryPolicy) -> Tokens:
+    async with AsyncClient(target, retry=retry) as client:
         return await client.tokenize("hi")
