@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from kvmesh.kernels import gpu
-from kvmesh.kernels.attention import can_be_deterministic, sharers, warm_up, warm_up_far
+from kvmesh.kernels.attention import can_be_deterministic, sharers, warm_up_far
 from kvmesh.kernels.cpu import has_loops
-from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, ModelParams
+from kvmesh.kernels.formats.base import KVFormat, ModelParams
 from kvmesh.workers.basis import Basis
 from kvmesh.workers.decode_graphs import DecodeGraphs
 from kvmesh.workers.errors import ConfigError
@@ -139,12 +139,8 @@ class ModelRunner:
         self._entry = _entry(self._pool.all_hot, basis)
         self._expert_load = ExpertLoad(model)
         self._graphs: DecodeGraphs | None = None
-        if prepare_decode and self._divides:
+        if prepare_decode:
             self._warm_up(min_members)
-        elif prepare_decode:
-            hot, sealed = self._pool.hot[0], self._pool.sealed[0]
-            first = NO_PARAMS if params is None else params.layers[0]
-            warm_up(hot, sealed, model.num_heads, fmt=fmt, params=first)
         if prepare_decode and cuda_graphs and device.type == "cuda":
             with torch.inference_mode():
                 self._graphs = DecodeGraphs(
@@ -182,9 +178,7 @@ class ModelRunner:
                 sampling = self._sampler.prepare(
                     [chunk.row for chunk in sampled], [chunk.end for chunk in sampled]
                 )
-        works: Works = {}
-        if self._divides:
-            works = decode_works(arrays, self._tables, self._windows)
+        works = self._works(arrays)
         scores: list[TokenScores] = []
         if self._graphs is not None and self._graphs.fits(arrays, works) and not plan.scores:
             self._last_tokens.put_known(arrays)
@@ -273,6 +267,10 @@ class ModelRunner:
             prefixes = self._prefixes.find(arrays.rows, starts, stops)
         return replace(arrays, prefixes=prefixes)
 
+    def _works(self, arrays: StepArrays) -> Works:
+        """How kernels divide decode; loops for CPUs divide it themselves."""
+        return decode_works(arrays, self._tables, self._windows) if self._divides else {}
+
     def _forward(self, step: StepTensors) -> torch.Tensor | None:
         """Logits [n, vocab_size] fp32 of the step's sampled rows; None on ranks without logits."""
         return self._model.logits(self._hidden(step), step.logits_rows)
@@ -296,16 +294,16 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _warm_up(self, min_members: int) -> None:
-        """Compile every kernel. All ranks of a group take the same steps."""
+        """Compile every kernel and loop. All ranks of a group take the same steps."""
         pages = (self._pool.hot_tables, self._pool.sealed_tables)
         for table in pages:
             table.fill_(0)
         for arrays in warm_up_steps(self._tables, min_members):
-            works = decode_works(arrays, self._tables, self._windows)
-            logits = self._forward(to_device(arrays, self._tables, self._device, works))
+            step = to_device(arrays, self._tables, self._device, self._works(arrays))
+            logits = self._forward(step)
             if self._sampler is not None and logits is not None:
                 self._sampler.warm_up(logits)
-        if not self._tables.deterministic:
+        if self._divides and not self._tables.deterministic:
             warm_up_far(self._pool.hot[0], self._model.num_heads, fmt=self._attention.fmt)
         for table in pages:
             table.fill_(-1)

@@ -1,4 +1,4 @@
-"""Steps that make a GPU compile every kernel that serving will launch, before the first request.
+"""Steps that compile every kernel or loop that serving will run, before the first request.
 
 What is compiled depends on the format, the model's layers and the kind of step, never on lengths
 or on how many sequences there are (`benchmarks/launches.py` counts it). So one step of each kind is

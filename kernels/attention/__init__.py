@@ -6,7 +6,6 @@ from kvmesh.kernels.attention.op import (
     far_attention,
     paged_attention,
     sharers,
-    warm_up,
     warm_up_far,
 )
 from kvmesh.kernels.attention.window import Windows, columns_below
@@ -25,6 +24,5 @@ __all__ = [
     "far_attention",
     "paged_attention",
     "sharers",
-    "warm_up",
     "warm_up_far",
 ]

@@ -107,23 +107,6 @@ def sharers(fmt: KVFormat, hot: torch.Tensor, num_heads: int) -> tuple[int, int]
     return triton_launch.sharers(fmt, geometry, gpu.gpu_of(hot).capability)
 
 
-def warm_up(
-    hot: torch.Tensor,
-    sealed: torch.Tensor,
-    num_heads: int,
-    *,
-    fmt: KVFormat,
-    params: LayerParams = NO_PARAMS,
-) -> None:
-    """Attend from one token to itself, so that decode is compiled before the first request.
-
-    hot, sealed, fmt, params: as in `paged_attention`; page 0 is read and may hold anything
-    """
-    batch = AttentionBatch.of_one_token(hot.shape[3], hot.device)
-    q = torch.zeros(1, num_heads, hot.shape[4], dtype=hot.dtype, device=hot.device)
-    paged_attention(q, hot, sealed, batch, fmt=fmt, scale=1.0, params=params)
-
-
 def far_attention(
     device: torch.device, dtype: torch.dtype, group: int, head_dim: int
 ) -> str | None:

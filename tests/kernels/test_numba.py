@@ -12,7 +12,7 @@ from typing import Any, Unpack
 import pytest
 import torch
 
-from kvmesh.kernels.attention import numba_attention, paged_attention, warm_up
+from kvmesh.kernels.attention import numba_attention, paged_attention
 from kvmesh.kernels.formats.registry import format_names, get_format
 from tests.kernels.cases import (
     AttentionOptions,
@@ -185,12 +185,3 @@ def test_formats_without_a_loop_are_refused_by_name_and_served_by_plain_torch() 
     out, _ = paged_attention(*arguments, fmt=case.fmt, scale=0.125)
     want, _ = paged_attention(*arguments, fmt=case.fmt, scale=0.125, backend="reference")
     assert torch.equal(out, want)
-
-
-@pytest.mark.parametrize("name", ["int8", "nuq4"])
-def test_warming_up_does_not_change_pages(name: str) -> None:
-    case = make_case(get_format(name), Shape(page_size=64), [(300, 1)])
-    hot, sealed = case.hot.clone(), case.sealed.clone()
-    warm_up(case.hot, case.sealed, case.shape.num_heads, fmt=case.fmt, params=case.params)
-    torch.testing.assert_close(case.hot, hot, equal_nan=True, rtol=0, atol=0)
-    assert torch.equal(case.sealed, sealed)
