@@ -298,7 +298,7 @@ class ModelRunner:
         pages = (self._pool.hot_tables, self._pool.sealed_tables)
         for table in pages:
             table.fill_(0)
-        for arrays in warm_up_steps(self._tables, min_members):
+        for arrays in warm_up_steps(self._tables, min_members, divides=self._divides):
             step = to_device(arrays, self._tables, self._device, self._works(arrays))
             logits = self._forward(step)
             if self._sampler is not None and logits is not None:

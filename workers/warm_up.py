@@ -16,10 +16,11 @@ from kvmesh.workers.shared_prefixes import PrefixSets
 from kvmesh.workers.step import BlockTables, StepArrays
 
 
-def warm_up_steps(tables: BlockTables, min_members: int) -> Iterator[StepArrays]:
+def warm_up_steps(tables: BlockTables, min_members: int, *, divides: bool) -> Iterator[StepArrays]:
     """For tables whose entries are all page 0.
 
     min_members: minimum number of sequences in a set of shared prefixes
+    divides: whether many keys of a block of queries are read in parts, by other kernels
     """
     num_rows, max_pages = tables.hot.shape
     size, exact = tables.page_size, tables.sink_pages + tables.recent_pages
@@ -28,9 +29,8 @@ def warm_up_steps(tables: BlockTables, min_members: int) -> Iterator[StepArrays]
     if longest > 1:
         yield _step(tables, [2], 2, seals=True)
         yield _step(tables, [2], 2, seals=False)
-    # The keys of a block of queries are in several parts from here on.
-    many = workspace.PREFILL_CHUNK_TOKENS + (exact + 2) * size
-    if many <= longest:
+    many = workspace.PREFILL_CHUNK_TOKENS + (exact + 2) * size  # in parts from here on
+    if divides and many <= longest:
         yield _step(tables, [many], 2, seals=False)
     shared = (exact + 2) * size
     if min_members <= num_rows and shared <= longest:
