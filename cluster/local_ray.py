@@ -59,7 +59,7 @@ class LocalRay:
         scratch.mkdir()
         try:
             with _temporary_directory(scratch):
-                self._node = start_node(config, self._directory / "ray")
+                self._node = start_node(config, self._directory / "ray", self._ports.single(7))
             ray = import_ray()
             context = ray.init(self._node.address, logging_level="ERROR", log_to_driver=False)
         except Exception as error:  # the class that Ray raises when its node is not up in time

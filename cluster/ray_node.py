@@ -9,7 +9,7 @@ from kvmesh.cluster.config import ClusterConfig
 from kvmesh.cluster.resources import logical_cpus
 
 
-def start_node(config: ClusterConfig, directory: Path) -> Any:
+def start_node(config: ClusterConfig, directory: Path, gcs_port: int) -> Any:
     """Start a Ray cluster that is this node alone. Returns Ray's Node, which ends it again.
 
     As `ray.init` does, except for what serves nobody without `ray.dashboard`, and would take 170 MB
@@ -18,6 +18,8 @@ def start_node(config: ClusterConfig, directory: Path) -> Any:
     monitor, which copies logs to drivers that want them. `ray start` can leave out the last two.
 
     directory: for its files
+    gcs_port: a free one. For one of the GCS's own choice Ray would wait until `timeouts.start_s` is
+        over, deaf to signals, even if the GCS has died, which it notices here within a minute
     Raises what Ray does when it does not start.
     """
     # Late, because Ray reads the environment when it is imported.
@@ -41,5 +43,6 @@ def start_node(config: ClusterConfig, directory: Path) -> Any:
         temp_dir=str(directory),
         metrics_export_port=config.metrics.port,
         node_ip_address="127.0.0.1",
+        gcs_server_port=gcs_port,
     )
     return LocalNode(params, head=True, shutdown_at_exit=False, ray_init_cluster=True)

@@ -9,6 +9,7 @@ Triton anywhere in the suite. Property tests have no deadlines: a busy machine i
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import signal
 import sys
@@ -72,6 +73,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=0.0,
         help="how long the soak test loads a cluster; without this option it is skipped",
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have gRPC do nothing when a process forks: it reads that once, when it is imported.
+
+    Ray forks to start its processes, and what gRPC does in a child, after the calls of earlier
+    tests, now and then aborts it. Processes that tests start are as users start them.
+    """
+    if config.getoption("markexpr") == "ray":
+        os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+        importlib.import_module("grpc")
+        del os.environ["GRPC_ENABLE_FORK_SUPPORT"]
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -31,7 +31,7 @@ def local_ray(**processes: psutil.Process) -> LocalRay:
 def test_it_says_why_ray_has_not_started(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception
 ) -> None:
-    def start_node(config: ClusterConfig, directory: Path) -> None:
+    def start_node(config: ClusterConfig, directory: Path, gcs_port: int) -> None:
         raise error
 
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
