@@ -149,7 +149,7 @@ def test_penalties_and_bias() -> None:
         (SamplingParams(**greedy), 1),
         (SamplingParams(repetition_penalty=1.5, **greedy), 20),  # token 1 is in the prompt
         (SamplingParams(presence_penalty=1.0, **greedy), 1),  # no effect on prompt tokens
-        (SamplingParams(logit_bias={1: -100.0, 20: -100.0}, **greedy), 30),
+        (SamplingParams(logit_bias={1: -100, 20: -100}, **greedy), 30),
     ]
     for params, token in cases:
         assert sample(sampler_with(params), logits.clone(), [0], [2])[0].token_id == token
