@@ -19,7 +19,7 @@ from kvmesh.workers.engine import Engine
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.executor import Allocation, MakeMasks, RankDescription
 from kvmesh.workers.lease import LeaseTerms
-from kvmesh.workers.loads import OLDEST, SequenceLoad, StepTime
+from kvmesh.workers.loads import OLDEST, EngineInfo, SequenceLoad, StepTime
 from kvmesh.workers.plan import SampledToken, StepPlan, StepResult
 from kvmesh.workers.prefix_cache import PageDigests
 from kvmesh.workers.request import (
@@ -30,14 +30,16 @@ from kvmesh.workers.request import (
     SequenceDelta,
 )
 from kvmesh.workers.sampling_params import SamplingParams
-from kvmesh.workers.sizes import BLOCK_PAGES, PageNeed
+from kvmesh.workers.scoring.gate import FormatCheck
+from kvmesh.workers.sizes import BLOCK_PAGES, PageGeometry, PageNeed
+from kvmesh.workers.step_budget import DEFAULT_MAX_STEP_S
 from kvmesh.workers.structured.grammar import regex
 from tests.exercised import Exercised
 from tests.scenarios import SEEDS, check, scenarios
 from tests.workers.engine_calls import PAGE as PAGE
 from tests.workers.engine_calls import Call, random_call, random_setup
 from tests.workers.engine_machine import EngineMachine
-from tests.workers.memory_executor import VOCAB, MemoryExecutor, expected_output
+from tests.workers.memory_executor import TP, VOCAB, MemoryExecutor, expected_output
 
 
 def make_engine(
@@ -458,6 +460,93 @@ def test_the_pool_is_what_the_smallest_rank_can_hold() -> None:
     assert (info.kv_format, info.tp, info.vocab_size) == ("k8v4", 1, VOCAB)
     assert info.prefix_cache
     assert info.epoch != Engine(config, UnequalExecutor(PAGE, 1, 1, 200)).info.epoch
+
+
+def described(**changes: object) -> MemoryExecutor:
+    """Its ranks describe themselves like this."""
+    executor = MemoryExecutor(PAGE, 1, 2, 400)
+    executor._description = msgspec.structs.replace(executor._description, **changes)
+    return executor
+
+
+def test_an_engine_tells_what_its_ranks_are_and_how_it_is_configured() -> None:
+    executor = described(
+        model="m",
+        model_revision="7",
+        dtype="bfloat16",
+        rope="yarn",
+        operators="far keys: torch",
+        kv_format="int8",
+        hot_page_bytes=3,
+        sealed_page_bytes=2,
+    )
+    config = EngineConfig(
+        model="memory",
+        page_size=PAGE,
+        max_num_seqs=3,
+        max_num_batched_tokens=40,
+        tp=TP,
+        max_pinned_share=0.5,
+        max_pinned_share_per_key=0.25,
+    )
+    info = Engine(config, executor, check=FormatCheck(0.5, "it hurts")).info
+    assert info == EngineInfo(
+        epoch=info.epoch,
+        model="m",
+        model_revision="7",
+        kv_format="int8",
+        dtype="bfloat16",
+        tp=TP,
+        geometry=PageGeometry(
+            page_size=PAGE,
+            sink_pages=1,
+            recent_pages=2,
+            hot_page_bytes=3,
+            sealed_page_bytes=2,
+            ranks=TP,
+        ),
+        capacity=info.capacity,
+        max_model_len=800,
+        vocab_size=VOCAB,
+        max_num_seqs=3,
+        max_num_batched_tokens=40,
+        rope="yarn",
+        operators="far keys: torch",
+        max_pinned_pages=info.capacity.sealed // 4,
+        kv_divergence_nats=0.5,
+        kv_format_warning="it hurts",
+    )
+
+
+def test_a_model_with_recurrent_layers_has_no_prefixes_to_keep() -> None:
+    config = EngineConfig(model="m", page_size=PAGE, max_num_seqs=3, max_num_batched_tokens=40)
+    engine = Engine(config, described(state_bytes=8))
+    assert engine.info.geometry.state_bytes == 8
+    assert (engine.info.prefix_cache, engine.info.max_pinned_pages) == (False, 0)
+    assert not engine.scheduler.cache.enabled
+
+
+@pytest.mark.parametrize(
+    ("device", "configured", "used"),
+    [
+        ("cpu", None, None),
+        ("cuda", None, DEFAULT_MAX_STEP_S),
+        ("cpu", 3.0, 3.0),
+        ("cuda", 3.0, 3.0),
+    ],
+)
+def test_the_time_of_a_step_is_bounded_where_it_is_configured_and_on_gpus(
+    device: str, configured: float | None, used: float | None
+) -> None:
+    config = EngineConfig(
+        model="m",
+        page_size=PAGE,
+        max_num_seqs=3,
+        max_num_batched_tokens=40,
+        max_step_s=configured,
+    )
+    budget = Engine(config, described(device=device)).scheduler._step_budget
+    assert (None if budget is None else budget._max_step_s) == used
 
 
 @pytest.mark.parametrize(("configured", "used"), [(None, 800), (800, 800), (90, 90), (801, None)])
