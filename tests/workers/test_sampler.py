@@ -15,7 +15,7 @@ from kvmesh.workers.errors import InvalidFieldError
 from kvmesh.workers.model.facts import ModelFacts
 from kvmesh.workers.plan import RowStart, SampledToken, TokenMasks
 from kvmesh.workers.sampler import NO_TOKEN, NOT_FINITE, Sampler, uniform
-from kvmesh.workers.sampling_params import SamplingParams
+from kvmesh.workers.sampling_params import MIN_TEMPERATURE, SamplingParams
 from tests.exercised import Exercised
 from tests.scenarios import SEEDS, scenarios
 
@@ -111,6 +111,13 @@ def test_truncations_keep_the_right_tokens() -> None:
     assert set(drawn(SamplingParams(top_p=0.7, seed=1), logits, 300)) == {10, 11}
     assert set(drawn(SamplingParams(min_p=0.1, seed=1), logits, 300)) == {10, 11, 12}
     assert set(drawn(SamplingParams(top_p=1e-9, seed=1), logits, 50)) == {10}
+
+
+def test_a_temperature_below_the_smallest_takes_the_first_of_the_best() -> None:
+    logits = logits_of({10: 4.0, 11: 4.0})
+    tiny = SamplingParams(temperature=MIN_TEMPERATURE / 2, seed=1)
+    assert set(drawn(tiny, logits, 50)) == {10}
+    assert set(drawn(SamplingParams(temperature=MIN_TEMPERATURE, seed=1), logits, 50)) == {10, 11}
 
 
 def test_a_nucleus_wider_than_the_shortlist_is_exact() -> None:
