@@ -40,12 +40,11 @@ def uniform(seed: int, position: int) -> float:
 def uniforms(seeds: npt.NDArray[np.uint64], positions: Ints) -> npt.NDArray[np.float64]:
     """`uniform` of each seed and position."""
     steps = (positions + 1).astype(np.uint64)
-    with np.errstate(over="ignore"):
-        z = seeds + steps * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z ^= z >> np.uint64(31)
-    draws: npt.NDArray[np.float64] = (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    z = seeds + steps * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    draws: npt.NDArray[np.float64] = (z >> np.uint64(11)) * 2.0**-53
     return draws
 
 
