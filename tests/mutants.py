@@ -52,6 +52,7 @@ ENGINE = (
     "prefix_cache",
     "sizes",
     "scheduler",
+    "sequence",
     "engine",
     "engine_thread",
     "blame",
