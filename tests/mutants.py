@@ -84,7 +84,7 @@ TARGETS = {
     "engine_stats": _workers("engine_stats", *ENGINE),
     "step_pipeline": _workers("step_pipeline", "overlap", *ENGINE),
     "page_tables": _workers("page_tables", "page_tables", *ENGINE),
-    "step_draft": _workers("step_draft", *ENGINE),
+    "step_draft": _workers("step_draft", "step_draft", *ENGINE),
     "request_check": _workers("request_check", "request_check", "prompt_scores"),
     "deadlines": _workers("deadlines", "deadlines"),
     "sequence": _workers("sequence", *ENGINE),
