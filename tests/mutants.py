@@ -80,7 +80,10 @@ ROUTING = tuple(
 )
 TARGETS = {
     "scheduler": _workers("scheduler", *ENGINE),
-    "engine": _workers("engine", *ENGINE),
+    "engine": Target(
+        "workers/engine.py",
+        (*_workers("", *ENGINE).tests, "tests/workers/structured/test_engine_output.py"),
+    ),
     "engine_stats": _workers("engine_stats", *ENGINE),
     "step_pipeline": _workers("step_pipeline", "overlap", *ENGINE),
     "page_tables": _workers("page_tables", "page_tables", *ENGINE),

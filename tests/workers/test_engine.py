@@ -15,7 +15,7 @@ from kvmesh.workers import pool_plan, prefix_cache
 from kvmesh.workers.arena import Arena
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.constraint import OutputConstraint
-from kvmesh.workers.engine import Engine
+from kvmesh.workers.engine import NOT_SOUND, Engine
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.executor import Allocation, MakeMasks, RankDescription
 from kvmesh.workers.lease import LeaseTerms
@@ -25,6 +25,7 @@ from kvmesh.workers.prefix_cache import PageDigests
 from kvmesh.workers.request import (
     EndReason,
     EngineRequest,
+    PinTerms,
     PrefillProgress,
     SampledLogprobs,
     SequenceDelta,
@@ -39,7 +40,13 @@ from tests.scenarios import SEEDS, check, scenarios
 from tests.workers.engine_calls import PAGE as PAGE
 from tests.workers.engine_calls import Call, random_call, random_setup
 from tests.workers.engine_machine import EngineMachine
-from tests.workers.memory_executor import TP, VOCAB, MemoryExecutor, expected_output
+from tests.workers.memory_executor import (
+    TP,
+    VOCAB,
+    MemoryExecutor,
+    expected_output,
+    expected_scores,
+)
 
 
 def make_engine(
@@ -279,6 +286,14 @@ def test_a_long_prefill_reports_its_progress_once_a_second() -> None:
     assert first == PrefillProgress(13 * PAGE, 10 * PAGE, 20 * PAGE)
 
 
+def test_progress_is_due_when_a_second_has_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TickingExecutor, "step_s", 0.5)
+    engine = make_ticking_engine()
+    engine.add(request("r", [i % VOCAB for i in range(5 * PAGE)]))
+    found = progress_of(run(engine)["r"])
+    assert found == [PrefillProgress(pages * PAGE, 0, 5 * PAGE) for pages in (2, 4)]
+
+
 def test_a_short_prefill_and_decode_report_no_progress() -> None:
     engine = make_ticking_engine()
     engine.add(request("r", [2] * 2 * PAGE))
@@ -392,7 +407,8 @@ def test_stop_tokens_min_tokens_and_length() -> None:
         else:
             assert len(tokens_of(deltas)) > first
     engine.add(request("l", prompt, 2))
-    assert run(engine)["l"][-1].finish_reason is EndReason.LENGTH
+    last = run(engine)["l"][-1]
+    assert (last.finish_reason, last.matched_stop_token) == (EndReason.LENGTH, None)
 
 
 def test_deadline_ends_a_sequence_and_frees_its_pages() -> None:
@@ -429,6 +445,106 @@ def test_a_reused_id_does_not_inherit_a_deadline() -> None:
     deltas = run(engine)["r"]
     assert deltas[-1].finish_reason is EndReason.LENGTH
     assert engine.deadline_s() is None
+
+
+def test_a_sequence_is_aborted_once() -> None:
+    engine, _ = make_engine()
+    engine.add(request("r", [3] * 4))
+    ended = engine.abort("r")
+    assert ended is not None and ended.finish_reason is EndReason.ABORT
+    assert engine.abort("r") is None
+
+
+def test_a_pinned_prompt_stays_cached_for_its_time() -> None:
+    now = [0.0]
+    executor = MemoryExecutor(PAGE, 0, 0, 200)
+    config = EngineConfig(model="memory", page_size=PAGE, max_num_seqs=4, max_num_batched_tokens=64)
+    engine = Engine(config, executor, clock=lambda: now[0])
+    pin = PinTerms("owner", 5.0)
+    engine.add(request("r", [3] * (2 * PAGE + 1), 2, pin=pin))
+    engine.step()
+    assert (engine.loads().pinned_pages, engine.deadline_s()) == (2, 5.0)
+    now[0] = 3.0
+    (delta,) = engine.step()
+    assert delta.usage is not None and delta.usage.pinned_tokens == 2 * PAGE
+    now[0] = 4.0
+    engine.step()
+    assert (engine.loads().pinned_pages, engine.deadline_s()) == (2, 4.0), "from its end on"
+    now[0] = 8.0
+    engine.step()
+    assert (engine.loads().pinned_pages, engine.deadline_s()) == (0, None)
+
+
+@pytest.mark.parametrize("aborted", [False, True])
+def test_a_prompt_without_output_is_scored_and_pinned_once_it_is_computed(aborted: bool) -> None:
+    engine, _ = make_engine(tokens=PAGE + 5)
+    params = SamplingParams(max_tokens=0, prompt_logprobs=0)
+    prompt = [i % VOCAB for i in range(2 * PAGE + 1)]
+    engine.add(request("r", prompt, params=params, pin=PinTerms("owner", 5.0)))
+    deltas = engine.step()
+    if aborted:
+        engine.abort("r")
+        assert engine.loads().pinned_pages == 0
+        return
+    deltas += engine.step()
+    scores = [np.frombuffer(x.scores.logprobs, np.float32) for x in deltas if x.scores is not None]
+    assert np.concatenate(scores).tolist() == pytest.approx(expected_scores(prompt))
+    assert len(scores) == 2 and not tokens_of(deltas)
+    last = deltas[-1]
+    assert last.finish_reason is EndReason.LENGTH and last.usage is not None
+    assert last.usage.pinned_tokens == 2 * PAGE == engine.loads().pinned_pages * PAGE
+
+
+def test_a_sequence_at_fault_is_computed_again_alone_before_it_ends() -> None:
+    engine, executor = make_engine()
+    execute = executor.execute
+
+    def faulty(plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
+        tokens = [SampledToken(-1, fault="NaN") for _ in execute(plan).tokens]
+        return StepResult(plan.step, tokens, 0.0)
+
+    executor.execute = faulty  # type: ignore[method-assign]
+    engine.add(request("r", [3] * 4))
+    assert engine.step() == []
+    assert not engine.scheduler.waiting[0].shares_pages
+    (delta,) = engine.step()
+    assert (delta.finish_reason, delta.error) == (EndReason.FAULT, "NaN")
+    assert not engine.has_work
+
+
+def test_a_prompt_whose_scores_are_not_sound_is_computed_again_alone_before_it_ends() -> None:
+    engine, executor = make_engine()
+    execute = executor.execute
+
+    def unsound(plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
+        result = execute(plan)
+        scored = [chunk for chunk in plan.chunks if chunk.targets]
+        scores = [
+            msgspec.structs.replace(found, sound=bytes([7]) not in chunk.tokens)
+            for chunk, found in zip(scored, result.scores, strict=True)
+        ]
+        return msgspec.structs.replace(result, scores=scores)
+
+    executor.execute = unsound  # type: ignore[method-assign]
+    params = SamplingParams(temperature=0.0, max_tokens=2, prompt_logprobs=0, ignore_eos=True)
+    engine.add(request("bad", [7] * 4, params=params), request("good", [3] * 4, params=params))
+    scores, token = engine.step()
+    assert (scores.request_id, token.request_id) == ("good", "good")
+    assert scores.scores is not None and token.token_ids
+    (bad,) = engine.scheduler.waiting
+    assert (bad.request.request_id, bad.shares_pages, bad.num_scored) == ("bad", False, 0)
+    ends = {delta.request_id: delta for delta in engine.step()}
+    assert (ends["bad"].finish_reason, ends["bad"].error) == (EndReason.FAULT, NOT_SOUND)
+    assert ends["good"].finish_reason is EndReason.LENGTH
+
+
+def test_those_that_remain_of_a_step_get_their_tokens() -> None:
+    engine, _ = make_engine(in_flight=2)
+    for name in "ab":
+        engine.add(request(name, [3] * 4))
+    engine.step()
+    engine.abort("a")
+    assert [delta.request_id for delta in engine.step()] == ["b"]
 
 
 class UnequalExecutor(MemoryExecutor):
