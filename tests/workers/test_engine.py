@@ -30,6 +30,7 @@ from kvmesh.workers.request import (
     SampledLogprobs,
     SequenceDelta,
 )
+from kvmesh.workers.request_check import unknown_token
 from kvmesh.workers.sampling_params import SamplingParams
 from kvmesh.workers.scoring.gate import FormatCheck
 from kvmesh.workers.sizes import BLOCK_PAGES, PageGeometry, PageNeed
@@ -467,6 +468,7 @@ def test_a_pinned_prompt_stays_cached_for_its_time() -> None:
     now[0] = 3.0
     (delta,) = engine.step()
     assert delta.usage is not None and delta.usage.pinned_tokens == 2 * PAGE
+    assert (delta.usage.time_to_first_token_s, delta.usage.total_s) == (0.0, 3.0)
     now[0] = 4.0
     engine.step()
     assert (engine.loads().pinned_pages, engine.deadline_s()) == (2, 4.0), "from its end on"
@@ -495,20 +497,29 @@ def test_a_prompt_without_output_is_scored_and_pinned_once_it_is_computed(aborte
     assert last.usage.pinned_tokens == 2 * PAGE == engine.loads().pinned_pages * PAGE
 
 
-def test_a_sequence_at_fault_is_computed_again_alone_before_it_ends() -> None:
+@pytest.mark.parametrize(
+    ("token", "error"),
+    [
+        (SampledToken(-1, fault="NaN"), "NaN"),
+        (SampledToken(VOCAB), f"the sampled token is not valid: {unknown_token(VOCAB, VOCAB)}"),
+        (SampledToken(-2), f"the sampled token is not valid: {unknown_token(-2, VOCAB)}"),
+    ],
+)
+def test_a_sequence_at_fault_is_computed_again_alone_before_it_ends(
+    token: SampledToken, error: str
+) -> None:
     engine, executor = make_engine()
     execute = executor.execute
 
     def faulty(plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
-        tokens = [SampledToken(-1, fault="NaN") for _ in execute(plan).tokens]
-        return StepResult(plan.step, tokens, 0.0)
+        return StepResult(plan.step, [token for _ in execute(plan).tokens], 0.0)
 
     executor.execute = faulty  # type: ignore[method-assign]
     engine.add(request("r", [3] * 4))
     assert engine.step() == []
     assert not engine.scheduler.waiting[0].shares_pages
     (delta,) = engine.step()
-    assert (delta.finish_reason, delta.error) == (EndReason.FAULT, "NaN")
+    assert (delta.finish_reason, delta.error) == (EndReason.FAULT, error)
     assert not engine.has_work
 
 
