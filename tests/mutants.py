@@ -82,7 +82,10 @@ TARGETS = {
     "scheduler": _workers("scheduler", *ENGINE),
     "engine": Target(
         "workers/engine.py",
-        (*_workers("", *ENGINE).tests, "tests/workers/structured/test_engine_output.py"),
+        (
+            *_workers("", "device_limits", *ENGINE).tests,
+            "tests/workers/structured/test_engine_output.py",
+        ),
     ),
     "engine_stats": _workers("engine_stats", *ENGINE),
     "step_pipeline": _workers("step_pipeline", "overlap", *ENGINE),

@@ -589,15 +589,17 @@ def test_the_pool_is_what_the_smallest_rank_can_hold() -> None:
     assert info.epoch != Engine(config, UnequalExecutor(PAGE, 1, 1, 200)).info.epoch
 
 
-def described(**changes: object) -> MemoryExecutor:
+def described(kvp: int = 1, **changes: object) -> MemoryExecutor:
     """Its ranks describe themselves like this."""
-    executor = MemoryExecutor(PAGE, 1, 2, 400)
+    executor = MemoryExecutor(PAGE, 1, 2, 400, kvp=kvp)
     executor._description = msgspec.structs.replace(executor._description, **changes)
     return executor
 
 
-def test_an_engine_tells_what_its_ranks_are_and_how_it_is_configured() -> None:
+@pytest.mark.parametrize("kvp", [1, 2])
+def test_an_engine_tells_what_its_ranks_are_and_how_it_is_configured(kvp: int) -> None:
     executor = described(
+        kvp,
         model="m",
         model_revision="7",
         dtype="bfloat16",
@@ -613,6 +615,7 @@ def test_an_engine_tells_what_its_ranks_are_and_how_it_is_configured() -> None:
         max_num_seqs=3,
         max_num_batched_tokens=40,
         tp=TP,
+        kvp=kvp,
         max_pinned_share=0.5,
         max_pinned_share_per_key=0.25,
     )
@@ -630,7 +633,8 @@ def test_an_engine_tells_what_its_ranks_are_and_how_it_is_configured() -> None:
             recent_pages=2,
             hot_page_bytes=3,
             sealed_page_bytes=2,
-            ranks=TP,
+            ranks=TP * kvp,
+            kvp=kvp,
         ),
         capacity=info.capacity,
         max_model_len=800,
@@ -639,18 +643,38 @@ def test_an_engine_tells_what_its_ranks_are_and_how_it_is_configured() -> None:
         max_num_batched_tokens=40,
         rope="yarn",
         operators="far keys: torch",
-        max_pinned_pages=info.capacity.sealed // 4,
+        max_pinned_pages=int(0.25 * info.capacity.sealed * kvp),
         kv_divergence_nats=0.5,
         kv_format_warning="it hurts",
     )
 
 
-def test_a_model_with_recurrent_layers_has_no_prefixes_to_keep() -> None:
-    config = EngineConfig(model="m", page_size=PAGE, max_num_seqs=3, max_num_batched_tokens=40)
-    engine = Engine(config, described(state_bytes=8))
-    assert engine.info.geometry.state_bytes == 8
-    assert (engine.info.prefix_cache, engine.info.max_pinned_pages) == (False, 0)
-    assert not engine.scheduler.cache.enabled
+@pytest.mark.parametrize(("state_bytes", "wanted"), [(0, False), (8, False), (0, True), (8, True)])
+def test_a_model_with_recurrent_layers_has_no_prefixes_to_keep(
+    state_bytes: int, wanted: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = EngineConfig(
+        model="m", page_size=PAGE, max_num_seqs=3, max_num_batched_tokens=40, prefix_cache=wanted
+    )
+    executor = described(state_bytes=state_bytes)
+    executor.num_ranks = 1
+    with caplog.at_level("INFO"):
+        engine = Engine(config, executor)
+    keeps = wanted and not state_bytes
+    assert (engine.info.geometry.state_bytes, engine.info.geometry.ranks) == (state_bytes, 1)
+    assert engine.info.prefix_cache is engine.scheduler.cache.enabled is keeps
+    assert (engine.info.max_pinned_pages > 0) is keeps
+    assert ("its prefix cache is off" in caplog.text) is (wanted and not keeps)
+
+
+def test_nothing_is_pinned_where_no_page_may_be() -> None:
+    config = EngineConfig(
+        model="m", page_size=PAGE, max_num_seqs=3, max_num_batched_tokens=40, max_pinned_share=0.0
+    )
+    engine = Engine(config, described())
+    engine.add(request("r", [3] * (PAGE + 1), 1, pin=PinTerms("owner", 5.0)))
+    (delta,) = engine.step()
+    assert delta.usage is not None and delta.usage.pinned_tokens == 0
 
 
 @pytest.mark.parametrize(
@@ -689,8 +713,10 @@ def test_the_context_is_configured_up_to_the_models(
     )
     executor = MemoryExecutor(PAGE, 0, 0, 200)
     if used is None:
-        with pytest.raises(ConfigError, match="max_model_len"):
+        message = "must be at most 800, the context of memory; got 801"
+        with pytest.raises(ConfigError, match=message) as caught:
             Engine(config, executor)
+        assert caught.value.field == "max_model_len"
     else:
         assert Engine(config, executor).info.max_model_len == used
 
