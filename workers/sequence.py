@@ -60,7 +60,8 @@ class Sequence:
         self.num_computed = 0
         # Full pages that other sequences can find, from the first on: with their contents, and in
         # sealed form.
-        self.num_named = self.num_sealed_named = 0
+        self.num_named: int
+        self.num_sealed_named: int
         # Positions of the prompt, from the first on, whose next token's score is computed.
         self.num_scored = request.scored_tokens
         self.row: int | None = None
