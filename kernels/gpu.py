@@ -41,6 +41,11 @@ def picks_kernel(x: torch.Tensor, backend: str | None) -> bool:
     return runs_kernels(x) if backend is None else backend == "triton"
 
 
+def copied(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on the device, without waiting until it is there."""
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+
+
 def gpu_of(x: torch.Tensor) -> GpuDevice:
     """The GPU for which kernels on this tensor are compiled. Triton's driver knows it."""
     return _gpu_of(x.device.index or 0)

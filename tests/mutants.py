@@ -52,6 +52,7 @@ ENGINE = (
     "prefix_cache",
     "sizes",
     "scheduler",
+    "sequence",
     "engine",
     "engine_thread",
     "blame",
@@ -79,11 +80,17 @@ ROUTING = tuple(
 )
 TARGETS = {
     "scheduler": _workers("scheduler", *ENGINE),
-    "engine": _workers("engine", *ENGINE),
+    "engine": Target(
+        "workers/engine.py",
+        (
+            *_workers("", "device_limits", *ENGINE).tests,
+            "tests/workers/structured/test_engine_output.py",
+        ),
+    ),
     "engine_stats": _workers("engine_stats", *ENGINE),
     "step_pipeline": _workers("step_pipeline", "overlap", *ENGINE),
-    "page_tables": _workers("page_tables", *ENGINE),
-    "step_draft": _workers("step_draft", *ENGINE),
+    "page_tables": _workers("page_tables", "page_tables", *ENGINE),
+    "step_draft": _workers("step_draft", "step_draft", *ENGINE),
     "request_check": _workers("request_check", "request_check", "prompt_scores"),
     "deadlines": _workers("deadlines", "deadlines"),
     "sequence": _workers("sequence", *ENGINE),
@@ -223,8 +230,24 @@ def in_text_only(change: Change) -> bool:
 
 def weakens_an_assertion(change: Change) -> bool:
     """It lets `zip` accept what is not as long; that it is as long is never in doubt."""
-    was, becomes = (re.sub(r",\s*(strict=\w+)?\s*\)", ")", text) for text in change[1:])
+    was, becomes = (re.sub(r",\s*(strict=\w+)?\s*(\)|$)", ")", text) for text in change[1:])
     return was == becomes and "strict=True" in change.was
+
+
+def on_gpus_only(change: Change) -> bool:
+    """It changes how something gets to a GPU or back, or where it is; here all is on the CPU."""
+    where = r"[\s,]|(non_blocking|device)=[\w.]+|\"cpu\"|(?<=\.to\()None"
+    was, becomes = (re.sub(where, "", text) for text in (change.was, change.becomes))
+    return was == becomes or "torch.cuda." in change.was
+
+
+def kind_of(change: Change, equivalent: set[Change]) -> str:
+    """What there is to say of a mutant that has survived."""
+    if in_text_only(change):
+        return "in text only"
+    if change in equivalent or weakens_an_assertion(change):
+        return "equivalent"
+    return "on GPUs only" if on_gpus_only(change) else "survived"
 
 
 def listed_as_equivalent() -> set[Change]:
@@ -246,16 +269,10 @@ def main() -> None:
         outcomes = mutate(name, arguments.children, resume=arguments.resume)
         alive = [mutant for mutant, outcome in outcomes.items() if outcome == "survived"]
         changes = changes_of(WORK / name, alive)
-        real = [
-            x
-            for x in changes
-            if not (x in equivalent or weakens_an_assertion(x) or in_text_only(x))
-        ]
+        kinds = [kind_of(change, equivalent) for change in changes]
+        real = [change for change, kind in zip(changes, kinds, strict=True) if kind == "survived"]
         left += len(real)
-        counts = Counter(outcomes.values())
-        counts["survived"] = len(real)
-        counts["in text only"] = sum(map(in_text_only, changes))
-        counts["equivalent"] = len(changes) - len(real) - counts["in text only"]
+        counts = Counter(x for x in outcomes.values() if x != "survived") + Counter(kinds)
         print(
             f"{name}: {len(outcomes)} mutants, " + ", ".join(f"{n} {x}" for x, n in counts.items())
         )

@@ -29,8 +29,8 @@ class LastTokens:
         known = arrays.input_ids >= 0
         if known.any():
             device = self._tokens.device
-            rows = ints(arrays.rows[known], torch.int64, device)
-            self._tokens.index_copy_(0, rows, ints(arrays.input_ids[known], torch.int32, device))
+            rows = ints(arrays.rows[known], device)
+            self._tokens.index_copy_(0, rows, ints(arrays.input_ids[known], device, torch.int32))
 
     def share(self) -> None:
         """Give every rank the tokens of the one that samples. A call of the whole group."""

@@ -121,8 +121,6 @@ class PageTables:
         """sealed_stop: pages before it are sealed"""
         num_known = self._known_pages(seq)
         num_sealed = min(sealed_stop, num_known)
-        if num_known <= seq.num_named and num_sealed <= seq.num_sealed_named:
-            return
         digests = seq.digests(num_known)
         for page in range(seq.num_named, num_known):
             if page in seq.hot:  # not if it was outdated before its last token was known

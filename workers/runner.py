@@ -223,7 +223,7 @@ class ModelRunner:
             first_row = int(first) + chunk.score_start - chunk.start
             parts: list[TokenScores] = []
             for start in range(0, targets.size, SCORED_ROWS):
-                some = ints(targets[start : start + SCORED_ROWS], torch.int64, self._device)
+                some = ints(targets[start : start + SCORED_ROWS], self._device)
                 rows = torch.arange(len(some), device=self._device) + (first_row + start)
                 logits = self._model.logits(hidden, rows)
                 if self._sampler is not None and logits is not None:
@@ -316,8 +316,8 @@ class ModelRunner:
         rows, columns, ids = self._pages.entries(update)
         if len(ids):
             host_copy[rows, columns] = ids
-            at = ints(rows, torch.int64, self._device), ints(columns, torch.int64, self._device)
-            table[at] = ints(ids, torch.int32, self._device)
+            at = ints(rows, self._device), ints(columns, self._device)
+            table[at] = ints(ids, self._device, torch.int32)
         return len(ids) > 0
 
 

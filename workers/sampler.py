@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvmesh.kernels.gpu import copied
 from kvmesh.kernels.sample import SampleParams, sample_tokens
 from kvmesh.workers.model.facts import ModelFacts
 from kvmesh.workers.plan import RowStart, SampledToken, TokenMasks, TokenScores
@@ -39,12 +40,11 @@ def uniform(seed: int, position: int) -> float:
 def uniforms(seeds: npt.NDArray[np.uint64], positions: Ints) -> npt.NDArray[np.float64]:
     """`uniform` of each seed and position."""
     steps = (positions + 1).astype(np.uint64)
-    with np.errstate(over="ignore"):
-        z = seeds + steps * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z ^= z >> np.uint64(31)
-    draws: npt.NDArray[np.float64] = (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    z = seeds + steps * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    draws: npt.NDArray[np.float64] = (z >> np.uint64(11)) * 2.0**-53
     return draws
 
 
@@ -72,16 +72,16 @@ class _Row:
 
     seen: [vocab] bool, tokens of prompt or output; counts: [vocab] fp32, in the output.
     Both are kept only if a penalty needs them.
-    bias: ids and values of logit_bias on the device; forbidden: ids of ends of sequence, and those
-        with the row's stop tokens
+    stops: ids of ends of sequence and the row's stop tokens; bias: ids and values of logit_bias;
+        both on the device
     """
 
     params: SamplingParams
     prompt_tokens: int
+    stops: torch.Tensor
     seen: torch.Tensor | None = None
     counts: torch.Tensor | None = None
     bias: tuple[torch.Tensor, torch.Tensor] | None = None
-    stops: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,15 +156,16 @@ class Sampler:
         unused_token_ids: tuple[int, ...] = (),
     ) -> None:
         self._vocab_size = vocab_size
-        unused = set(unused_token_ids)
-        self._num_used = vocab_size - len(unused)
-        # Nearly always they are the last ones, which one slice covers.
-        self._end = next((i + 1 for i in reversed(range(vocab_size)) if i not in unused), 0)
-        holes = sorted(token_id for token_id in unused if token_id < self._end)
-        self._holes = torch.tensor(holes, dtype=torch.int64, device=device) if holes else None
+        used = {*range(vocab_size)} - {*unused_token_ids}
+        self._num_used = len(used)
+        # Nearly always the unused ones are the last, which one slice covers.
+        last = max(used)
+        self._end = last + 1
+        holes = sorted({*range(last)} - used)
+        self._holes = ints(holes, device) if holes else None
         self._eos = eos_token_ids
         self._device = device
-        self._eos_ids = ints(eos_token_ids, torch.int64, device)
+        self._eos_ids = ints(eos_token_ids, device)
         self._rows: dict[int, _Row] = {}
         self._numbers = np.zeros(16, dtype=_NUMBERS)
 
@@ -174,7 +175,10 @@ class Sampler:
 
     def start_row(self, start: RowStart) -> None:
         params = start.params
-        row = _Row(params, start.prompt_tokens)
+        stops = self._eos_ids
+        if params.stop_token_ids:
+            stops = ints(self._eos + params.stop_token_ids, self._device)
+        row = _Row(params, start.prompt_tokens, stops)
         if params.repetition_penalty != 1.0:
             row.seen = torch.zeros(self._vocab_size, dtype=torch.bool, device=self._device)
         if params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
@@ -182,12 +186,9 @@ class Sampler:
         if params.logit_bias:
             values = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
             row.bias = (
-                ints(list(params.logit_bias), torch.int64, self._device),
-                values.to(self._device, non_blocking=True),
+                ints(list(params.logit_bias), self._device),
+                copied(values, self._device),
             )
-        row.stops = self._eos_ids
-        if params.stop_token_ids:
-            row.stops = ints(self._eos + params.stop_token_ids, torch.int64, self._device)
         self._rows[start.row] = row
         if start.row >= len(self._numbers):
             more = np.zeros(2 * start.row, dtype=_NUMBERS)
@@ -232,7 +233,7 @@ class Sampler:
     def record_tokens(self, row_id: int, start: int, tokens: bytes) -> None:
         """Count the int32 tokens at positions [start, start + n) for the row's penalties."""
         if tokens and self.penalises(row_id):
-            ids = ints(np.frombuffer(tokens, dtype=np.int32), torch.int64, self._device)
+            ids = ints(np.frombuffer(tokens, dtype=np.int32), self._device)
             self.record(row_id, start, ids)
 
     def penalises(self, row_id: int) -> bool:
@@ -259,7 +260,6 @@ class Sampler:
         """
         self._hide_unused(logits)
         wanted = list(sampling.logprobs)
-        most = max(sampling.logprobs.values(), default=0)
         raw = None
         if wanted:
             raw = torch.log_softmax(logits[wanted] if len(wanted) < len(logits) else logits, -1)
@@ -271,7 +271,7 @@ class Sampler:
         if raw is None:
             return SampledRows(tokens, tokens, {})
         # Everything that the host reads, in one transfer: whole numbers up to 2^53 are exact.
-        top, top_ids = torch.topk(raw, most, dim=-1)
+        top, top_ids = torch.topk(raw, max(sampling.logprobs.values()))
         picked = tokens[wanted] if len(wanted) < len(tokens) else tokens
         chosen = raw.gather(1, picked.long().clamp(min=0)[:, None])
         columns = torch.cat((chosen.double(), top.double(), top_ids.double()), 1).flatten()
@@ -291,8 +291,9 @@ class Sampler:
         self._hide_unused(logits)
         logprobs = torch.log_softmax(logits, dim=-1)
         chosen = logprobs.gather(1, targets[:, None]).squeeze(1)
-        count = min(self._rows[row_id].params.prompt_logprobs or 0, self._num_used)
-        top, ids = torch.topk(logprobs, count, dim=-1)
+        wanted = self._rows[row_id].params.prompt_logprobs
+        assert wanted is not None
+        top, ids = torch.topk(logprobs, min(wanted, self._num_used))
         return TokenScores(
             chosen.cpu().numpy().tobytes(),
             ids.to(torch.int32).cpu().numpy().tobytes(),
@@ -311,9 +312,7 @@ class Sampler:
         if not masks.positions:  # tokens that were not known when masks were announced need none
             return {}
         host = np.frombuffer(masks.bits, dtype=np.uint8).reshape(len(masks.positions), -1)
-        packed = torch.from_numpy(host.copy())
-        if self._device.type != "cpu":
-            packed = packed.pin_memory().to(self._device, non_blocking=True)
+        packed = copied(torch.from_numpy(host.copy()), self._device)
         shifts = torch.arange(8, dtype=torch.uint8, device=self._device)
         bits = (packed[:, :, None] >> shifts) & 1
         allowed = bits.flatten(1)[:, : self._vocab_size].to(torch.bool)
@@ -331,15 +330,11 @@ class Sampler:
         if row.counts is not None:
             logits.sub_(row.counts, alpha=params.frequency_penalty)
             logits.sub_((row.counts > 0).to(logits.dtype), alpha=params.presence_penalty)
-        forbidden: tuple[int, ...] = ()
-        ids: torch.Tensor | None = None
         if end - row.prompt_tokens < params.min_tokens:
-            forbidden, ids = self._eos + params.stop_token_ids, row.stops
-        elif mask is not None and params.ignore_eos:
-            forbidden, ids = self._eos, self._eos_ids
-        if ids is not None and forbidden and (mask is None or mask.allows_others(forbidden)):
-            # Added, not assigned: NaN stays NaN.
-            logits.index_add_(0, ids, logits.new_full((len(forbidden),), -torch.inf))
+            if mask is None or mask.allows_others(self._eos + params.stop_token_ids):
+                _forbid(logits, row.stops)
+        elif mask is not None and params.ignore_eos and mask.allows_others(self._eos):
+            _forbid(logits, self._eos_ids)
         if mask is not None:
             # Of ids without a token, which masks do not know, nothing is left to forbid.
             known = logits[: len(mask.allowed)]
@@ -361,6 +356,12 @@ class _Mask:
                 others[token_id // 8] &= 255 ^ (1 << token_id % 8)
         known = np.unpackbits(others, bitorder="little")[: len(self.allowed)]
         return bool(known.any())
+
+
+def _forbid(logits: torch.Tensor, ids: torch.Tensor) -> None:
+    """In place. logits: [vocab_size]; ids: [n] int64"""
+    # Added, not assigned: NaN stays NaN.
+    logits.index_add_(0, ids, logits.new_full(ids.shape, -torch.inf))
 
 
 def _sampled(token_id: int) -> SampledToken:

@@ -60,15 +60,15 @@ class Sequence:
         self.num_computed = 0
         # Full pages that other sequences can find, from the first on: with their contents, and in
         # sealed form.
-        self.num_named = 0
-        self.num_sealed_named = 0
+        self.num_named: int
+        self.num_sealed_named: int
         # Positions of the prompt, from the first on, whose next token's score is computed.
         self.num_scored = request.scored_tokens
         self.row: int | None = None
         self.hot: dict[int, int] = {}
         self.sealed: dict[int, int] = {}
-        self.deal = PageDeal(geometry.kvp)
-        self._deal_is_known = False
+        self.deal: PageDeal
+        self._deal_is_known: bool
         self._digests = PageDigests(geometry.page_size, request.cache_salt)
         self.shares_pages = True
         self.output_state: OutputState | None = None
@@ -81,7 +81,7 @@ class Sequence:
         self.started_s: float | None = None
         self.first_token_s: float | None = None
         self.last_token_s: float | None = None
-        self.progress_s = 0.0  # when its progress was reported last
+        self.progress_s: float  # when its progress was reported last
 
     @property
     def tokens(self) -> TokenIds:
@@ -159,7 +159,7 @@ class Sequence:
 
         Pages are sealed in order, so the missing ones are a range."""
         due = self.geometry.sealed_range(num_tokens)
-        return range(due.start + len(self.sealed), max(due.stop, due.start + len(self.sealed)))
+        return due[len(self.sealed) :]
 
     def hot_by_rank(self) -> list[int]:
         """How many hot pages it holds on each rank."""

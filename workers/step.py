@@ -21,6 +21,7 @@ from kvmesh.kernels.attention import (
     SharedPrefixes,
     Windows,
 )
+from kvmesh.kernels.gpu import copied
 from kvmesh.workers.plan import StepPlan
 from kvmesh.workers.rank_pages import RankPages
 from kvmesh.workers.shared_prefixes import PrefixSets
@@ -342,12 +343,11 @@ def decode_works(
     return works
 
 
-def ints(values: npt.ArrayLike, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def ints(
+    values: npt.ArrayLike, device: torch.device, dtype: torch.dtype = torch.int64
+) -> torch.Tensor:
     """Integers on the device, copied without blocking."""
-    host = torch.from_numpy(np.asarray(values, dtype=np.int64)).to(dtype)
-    if device.type == "cpu":
-        return host
-    return host.pin_memory().to(device, non_blocking=True)
+    return copied(torch.from_numpy(np.asarray(values, dtype=np.int64)).to(dtype), device)
 
 
 def _pad(values: Ints, size: int, filling: int) -> Ints:

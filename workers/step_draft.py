@@ -74,9 +74,7 @@ class StepDraft:
         self.tokens_left -= end - start
         sample = end == seq.length
         score_start, score_end = max(start, seq.num_scored), min(end, seq.to_score)
-        targets = b""
-        if score_start < score_end:
-            targets = seq.tokens[score_start + 1 : score_end + 1].tobytes()
+        targets = seq.tokens[score_start + 1 : score_end + 1].tobytes()
         chunk = Chunk(row, start, seq.tokens_of(start, end), sample, targets, score_start)
         self.chunks[row] = chunk
         self.aboard[row] = Aboard(seq, chunk, held)

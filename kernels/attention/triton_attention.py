@@ -36,7 +36,7 @@ from kvmesh.kernels.attention.triton_prefill import prefill_merge_kernel
 from kvmesh.kernels.attention.window import Windows
 from kvmesh.kernels.attention.work import DecodeWork, Lengths, PrefillWork
 from kvmesh.kernels.direct import BoundLaunch, BoundLaunches
-from kvmesh.kernels.gpu import GpuDevice, gpu_of
+from kvmesh.kernels.gpu import GpuDevice, copied, gpu_of
 from kvmesh.kernels.merge.triton_merge import MERGE_OPTIONS, channel_blocks
 from kvmesh.kernels.seal.triton_seal import check_arenas
 
@@ -250,6 +250,4 @@ class _StepLayers:
         return outs, torch.empty(rows, device=self.like.device)
 
     def _upload(self, values: np.ndarray[Any, Any]) -> torch.Tensor:
-        host = torch.from_numpy(values.astype(np.int32))
-        device = self.like.device
-        return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+        return copied(torch.from_numpy(values.astype(np.int32)), self.like.device)

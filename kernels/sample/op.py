@@ -38,10 +38,7 @@ class SampleParams:
     ) -> SampleParams:
         """Copied to the device in one transfer, without waiting for it."""
         host = np.stack((draws, temperature, top_k, top_p, min_p)).astype(np.float64)
-        block = torch.from_numpy(host)
-        if device.type != "cpu":
-            block = block.pin_memory().to(device, non_blocking=True)
-        return cls(block, host)
+        return cls(gpu.copied(torch.from_numpy(host), device), host)
 
 
 def sample_tokens(

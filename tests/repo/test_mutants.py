@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import yaml
 
-from tests.mutants import EQUIVALENT, TARGETS, Change, in_text_only, weakens_an_assertion
+from tests.mutants import (
+    EQUIVALENT,
+    TARGETS,
+    Change,
+    in_text_only,
+    on_gpus_only,
+    weakens_an_assertion,
+)
 from tests.repo.imports import ROOT
 
 
@@ -30,9 +37,21 @@ def test_mutants_of_messages_alone_are_recognised() -> None:
     assert not in_text_only(Change("f", 'raise E("no room")', "raise E(None)"))
 
 
+def test_mutants_that_only_a_gpu_tells_apart_are_recognised() -> None:
+    was = 'self._host = columns.to("cpu", non_blocking=True)'
+    for becomes in ('"cpu", ', '"cpu", non_blocking=None', "None, non_blocking=True"):
+        assert on_gpus_only(Change("f", was, f"self._host = columns.to({becomes})"))
+    assert not on_gpus_only(Change("f", was, "self._host = None"))
+    assert on_gpus_only(
+        Change("f", "x = ones(n, dtype=a, device=self._d)", "x = ones(n, dtype=a, )")
+    )
+    assert not on_gpus_only(Change("f", "x = ones(n, dtype=a, device=d)", "x = ones(n, device=d)"))
+
+
 def test_mutants_of_lengths_that_are_equal_are_recognised() -> None:
     was = "for a, b in zip(x, y, strict=True):"
     assert weakens_an_assertion(Change("f", was, "for a, b in zip(x, y, ):"))
     assert weakens_an_assertion(Change("f", was, "for a, b in zip(x, y, strict=False):"))
+    assert weakens_an_assertion(Change("f", "x, y, strict=True", "x, y, strict=None"))
     assert not weakens_an_assertion(Change("f", was, "for a, b in zip(x, None, strict=True):"))
     assert not weakens_an_assertion(Change("f", "zip(x, y, )", "zip(x, y)"))

@@ -45,6 +45,22 @@ def test_a_step_puts_its_suspect_on_trial() -> None:
     assert Blame.of([innocent, suspect]) == Blame(STEP, "b", 2)
 
 
+@pytest.mark.parametrize("where", ["submit", "result"])
+def test_a_step_that_fails_on_its_way_or_in_the_ranks_is_blamed_on_its_sequences(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, executor = make_engine(seqs=1)
+
+    def fails(_: object) -> None:
+        raise RankRaisedError("IndexError: 50")
+
+    monkeypatch.setattr(executor, where, fails)
+    engine.add(request("aboard", [3] * 4), request("waits", [4] * 4))
+    with pytest.raises(RankRaisedError):
+        engine.step()
+    assert engine.blame == Blame(frozenset({"aboard"}))
+
+
 def test_a_rank_that_has_lost_another_is_not_the_one_that_raised() -> None:
     assert isinstance(Failed("RuntimeError", "x").error(), RankRaisedError)
     assert not isinstance(Failed("WorkerDiedError", "x").error(), RankRaisedError)

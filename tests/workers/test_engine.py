@@ -15,29 +15,39 @@ from kvmesh.workers import pool_plan, prefix_cache
 from kvmesh.workers.arena import Arena
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.constraint import OutputConstraint
-from kvmesh.workers.engine import Engine
+from kvmesh.workers.engine import NOT_SOUND, Engine
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.executor import Allocation, MakeMasks, RankDescription
 from kvmesh.workers.lease import LeaseTerms
-from kvmesh.workers.loads import OLDEST, SequenceLoad, StepTime
+from kvmesh.workers.loads import OLDEST, EngineInfo, SequenceLoad, StepTime
 from kvmesh.workers.plan import SampledToken, StepPlan, StepResult
 from kvmesh.workers.prefix_cache import PageDigests
 from kvmesh.workers.request import (
     EndReason,
     EngineRequest,
+    PinTerms,
     PrefillProgress,
     SampledLogprobs,
     SequenceDelta,
 )
+from kvmesh.workers.request_check import unknown_token
 from kvmesh.workers.sampling_params import SamplingParams
-from kvmesh.workers.sizes import BLOCK_PAGES, PageNeed
+from kvmesh.workers.scoring.gate import FormatCheck
+from kvmesh.workers.sizes import BLOCK_PAGES, PageGeometry, PageNeed
+from kvmesh.workers.step_budget import DEFAULT_MAX_STEP_S
 from kvmesh.workers.structured.grammar import regex
 from tests.exercised import Exercised
 from tests.scenarios import SEEDS, check, scenarios
 from tests.workers.engine_calls import PAGE as PAGE
 from tests.workers.engine_calls import Call, random_call, random_setup
 from tests.workers.engine_machine import EngineMachine
-from tests.workers.memory_executor import VOCAB, MemoryExecutor, expected_output
+from tests.workers.memory_executor import (
+    TP,
+    VOCAB,
+    MemoryExecutor,
+    expected_output,
+    expected_scores,
+)
 
 
 def make_engine(
@@ -277,6 +287,14 @@ def test_a_long_prefill_reports_its_progress_once_a_second() -> None:
     assert first == PrefillProgress(13 * PAGE, 10 * PAGE, 20 * PAGE)
 
 
+def test_progress_is_due_when_a_second_has_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TickingExecutor, "step_s", 0.5)
+    engine = make_ticking_engine()
+    engine.add(request("r", [i % VOCAB for i in range(5 * PAGE)]))
+    found = progress_of(run(engine)["r"])
+    assert found == [PrefillProgress(pages * PAGE, 0, 5 * PAGE) for pages in (2, 4)]
+
+
 def test_a_short_prefill_and_decode_report_no_progress() -> None:
     engine = make_ticking_engine()
     engine.add(request("r", [2] * 2 * PAGE))
@@ -390,7 +408,8 @@ def test_stop_tokens_min_tokens_and_length() -> None:
         else:
             assert len(tokens_of(deltas)) > first
     engine.add(request("l", prompt, 2))
-    assert run(engine)["l"][-1].finish_reason is EndReason.LENGTH
+    last = run(engine)["l"][-1]
+    assert (last.finish_reason, last.matched_stop_token) == (EndReason.LENGTH, None)
 
 
 def test_deadline_ends_a_sequence_and_frees_its_pages() -> None:
@@ -429,6 +448,116 @@ def test_a_reused_id_does_not_inherit_a_deadline() -> None:
     assert engine.deadline_s() is None
 
 
+def test_a_sequence_is_aborted_once() -> None:
+    engine, _ = make_engine()
+    engine.add(request("r", [3] * 4))
+    ended = engine.abort("r")
+    assert ended is not None and ended.finish_reason is EndReason.ABORT
+    assert engine.abort("r") is None
+
+
+def test_a_pinned_prompt_stays_cached_for_its_time() -> None:
+    now = [0.0]
+    executor = MemoryExecutor(PAGE, 0, 0, 200)
+    config = EngineConfig(model="memory", page_size=PAGE, max_num_seqs=4, max_num_batched_tokens=64)
+    engine = Engine(config, executor, clock=lambda: now[0])
+    pin = PinTerms("owner", 5.0)
+    engine.add(request("r", [3] * (2 * PAGE + 1), 2, pin=pin))
+    engine.step()
+    assert (engine.loads().pinned_pages, engine.deadline_s()) == (2, 5.0)
+    now[0] = 3.0
+    (delta,) = engine.step()
+    assert delta.usage is not None and delta.usage.pinned_tokens == 2 * PAGE
+    assert (delta.usage.time_to_first_token_s, delta.usage.total_s) == (0.0, 3.0)
+    now[0] = 4.0
+    engine.step()
+    assert (engine.loads().pinned_pages, engine.deadline_s()) == (2, 4.0), "from its end on"
+    now[0] = 8.0
+    engine.step()
+    assert (engine.loads().pinned_pages, engine.deadline_s()) == (0, None)
+
+
+@pytest.mark.parametrize("aborted", [False, True])
+def test_a_prompt_without_output_is_scored_and_pinned_once_it_is_computed(aborted: bool) -> None:
+    engine, _ = make_engine(tokens=PAGE + 5)
+    params = SamplingParams(max_tokens=0, prompt_logprobs=0)
+    prompt = [i % VOCAB for i in range(2 * PAGE + 1)]
+    engine.add(request("r", prompt, params=params, pin=PinTerms("owner", 5.0)))
+    deltas = engine.step()
+    if aborted:
+        engine.abort("r")
+        assert engine.loads().pinned_pages == 0
+        return
+    deltas += engine.step()
+    scores = [np.frombuffer(x.scores.logprobs, np.float32) for x in deltas if x.scores is not None]
+    assert np.concatenate(scores).tolist() == pytest.approx(expected_scores(prompt))
+    assert len(scores) == 2 and not tokens_of(deltas)
+    last = deltas[-1]
+    assert last.finish_reason is EndReason.LENGTH and last.usage is not None
+    assert last.usage.pinned_tokens == 2 * PAGE == engine.loads().pinned_pages * PAGE
+
+
+@pytest.mark.parametrize(
+    ("token", "error"),
+    [
+        (SampledToken(-1, fault="NaN"), "NaN"),
+        (SampledToken(VOCAB), f"the sampled token is not valid: {unknown_token(VOCAB, VOCAB)}"),
+        (SampledToken(-2), f"the sampled token is not valid: {unknown_token(-2, VOCAB)}"),
+    ],
+)
+def test_a_sequence_at_fault_is_computed_again_alone_before_it_ends(
+    token: SampledToken, error: str
+) -> None:
+    engine, executor = make_engine()
+    execute = executor.execute
+
+    def faulty(plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
+        return StepResult(plan.step, [token for _ in execute(plan).tokens], 0.0)
+
+    executor.execute = faulty  # type: ignore[method-assign]
+    engine.add(request("r", [3] * 4))
+    assert engine.step() == []
+    assert not engine.scheduler.waiting[0].shares_pages
+    (delta,) = engine.step()
+    assert (delta.finish_reason, delta.error) == (EndReason.FAULT, error)
+    assert not engine.has_work
+
+
+def test_a_prompt_whose_scores_are_not_sound_is_computed_again_alone_before_it_ends() -> None:
+    engine, executor = make_engine()
+    execute = executor.execute
+
+    def unsound(plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
+        result = execute(plan)
+        scored = [chunk for chunk in plan.chunks if chunk.targets]
+        scores = [
+            msgspec.structs.replace(found, sound=bytes([7]) not in chunk.tokens)
+            for chunk, found in zip(scored, result.scores, strict=True)
+        ]
+        return msgspec.structs.replace(result, scores=scores)
+
+    executor.execute = unsound  # type: ignore[method-assign]
+    params = SamplingParams(temperature=0.0, max_tokens=2, prompt_logprobs=0, ignore_eos=True)
+    engine.add(request("bad", [7] * 4, params=params), request("good", [3] * 4, params=params))
+    scores, token = engine.step()
+    assert (scores.request_id, token.request_id) == ("good", "good")
+    assert scores.scores is not None and token.token_ids
+    (bad,) = engine.scheduler.waiting
+    assert (bad.request.request_id, bad.shares_pages, bad.num_scored) == ("bad", False, 0)
+    ends = {delta.request_id: delta for delta in engine.step()}
+    assert (ends["bad"].finish_reason, ends["bad"].error) == (EndReason.FAULT, NOT_SOUND)
+    assert ends["good"].finish_reason is EndReason.LENGTH
+
+
+def test_those_that_remain_of_a_step_get_their_tokens() -> None:
+    engine, _ = make_engine(in_flight=2)
+    for name in "ab":
+        engine.add(request(name, [3] * 4))
+    engine.step()
+    engine.abort("a")
+    assert [delta.request_id for delta in engine.step()] == ["b"]
+
+
 class UnequalExecutor(MemoryExecutor):
     """The second of its ranks has less memory."""
 
@@ -460,6 +589,117 @@ def test_the_pool_is_what_the_smallest_rank_can_hold() -> None:
     assert info.epoch != Engine(config, UnequalExecutor(PAGE, 1, 1, 200)).info.epoch
 
 
+def described(kvp: int = 1, **changes: object) -> MemoryExecutor:
+    """Its ranks describe themselves like this."""
+    executor = MemoryExecutor(PAGE, 1, 2, 400, kvp=kvp)
+    executor._description = msgspec.structs.replace(executor._description, **changes)
+    return executor
+
+
+@pytest.mark.parametrize("kvp", [1, 2])
+def test_an_engine_tells_what_its_ranks_are_and_how_it_is_configured(kvp: int) -> None:
+    executor = described(
+        kvp,
+        model="m",
+        model_revision="7",
+        dtype="bfloat16",
+        rope="yarn",
+        operators="far keys: torch",
+        kv_format="int8",
+        hot_page_bytes=3,
+        sealed_page_bytes=2,
+    )
+    config = EngineConfig(
+        model="memory",
+        page_size=PAGE,
+        max_num_seqs=3,
+        max_num_batched_tokens=40,
+        tp=TP,
+        kvp=kvp,
+        max_pinned_share=0.5,
+        max_pinned_share_per_key=0.25,
+    )
+    info = Engine(config, executor, check=FormatCheck(0.5, "it hurts")).info
+    assert info == EngineInfo(
+        epoch=info.epoch,
+        model="m",
+        model_revision="7",
+        kv_format="int8",
+        dtype="bfloat16",
+        tp=TP,
+        geometry=PageGeometry(
+            page_size=PAGE,
+            sink_pages=1,
+            recent_pages=2,
+            hot_page_bytes=3,
+            sealed_page_bytes=2,
+            ranks=TP * kvp,
+            kvp=kvp,
+        ),
+        capacity=info.capacity,
+        max_model_len=800,
+        vocab_size=VOCAB,
+        max_num_seqs=3,
+        max_num_batched_tokens=40,
+        rope="yarn",
+        operators="far keys: torch",
+        max_pinned_pages=int(0.25 * info.capacity.sealed * kvp),
+        kv_divergence_nats=0.5,
+        kv_format_warning="it hurts",
+    )
+
+
+@pytest.mark.parametrize(("state_bytes", "wanted"), [(0, False), (8, False), (0, True), (8, True)])
+def test_a_model_with_recurrent_layers_has_no_prefixes_to_keep(
+    state_bytes: int, wanted: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = EngineConfig(
+        model="m", page_size=PAGE, max_num_seqs=3, max_num_batched_tokens=40, prefix_cache=wanted
+    )
+    executor = described(state_bytes=state_bytes)
+    executor.num_ranks = 1
+    with caplog.at_level("INFO"):
+        engine = Engine(config, executor)
+    keeps = wanted and not state_bytes
+    assert (engine.info.geometry.state_bytes, engine.info.geometry.ranks) == (state_bytes, 1)
+    assert engine.info.prefix_cache is engine.scheduler.cache.enabled is keeps
+    assert (engine.info.max_pinned_pages > 0) is keeps
+    assert ("its prefix cache is off" in caplog.text) is (wanted and not keeps)
+
+
+def test_nothing_is_pinned_where_no_page_may_be() -> None:
+    config = EngineConfig(
+        model="m", page_size=PAGE, max_num_seqs=3, max_num_batched_tokens=40, max_pinned_share=0.0
+    )
+    engine = Engine(config, described())
+    engine.add(request("r", [3] * (PAGE + 1), 1, pin=PinTerms("owner", 5.0)))
+    (delta,) = engine.step()
+    assert delta.usage is not None and delta.usage.pinned_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("device", "configured", "used"),
+    [
+        ("cpu", None, None),
+        ("cuda", None, DEFAULT_MAX_STEP_S),
+        ("cpu", 3.0, 3.0),
+        ("cuda", 3.0, 3.0),
+    ],
+)
+def test_the_time_of_a_step_is_bounded_where_it_is_configured_and_on_gpus(
+    device: str, configured: float | None, used: float | None
+) -> None:
+    config = EngineConfig(
+        model="m",
+        page_size=PAGE,
+        max_num_seqs=3,
+        max_num_batched_tokens=40,
+        max_step_s=configured,
+    )
+    budget = Engine(config, described(device=device)).scheduler._step_budget
+    assert (None if budget is None else budget._max_step_s) == used
+
+
 @pytest.mark.parametrize(("configured", "used"), [(None, 800), (800, 800), (90, 90), (801, None)])
 def test_the_context_is_configured_up_to_the_models(
     configured: int | None, used: int | None
@@ -473,8 +713,10 @@ def test_the_context_is_configured_up_to_the_models(
     )
     executor = MemoryExecutor(PAGE, 0, 0, 200)
     if used is None:
-        with pytest.raises(ConfigError, match="max_model_len"):
+        message = "must be at most 800, the context of memory; got 801"
+        with pytest.raises(ConfigError, match=message) as caught:
             Engine(config, executor)
+        assert caught.value.field == "max_model_len"
     else:
         assert Engine(config, executor).info.max_model_len == used
 

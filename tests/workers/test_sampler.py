@@ -10,10 +10,12 @@ import pytest
 import torch
 from hypothesis import given
 
+from kvmesh.kernels.sample import SampleParams, sample_tokens
 from kvmesh.workers.errors import InvalidFieldError
+from kvmesh.workers.model.facts import ModelFacts
 from kvmesh.workers.plan import RowStart, SampledToken, TokenMasks
 from kvmesh.workers.sampler import NO_TOKEN, NOT_FINITE, Sampler, uniform
-from kvmesh.workers.sampling_params import SamplingParams
+from kvmesh.workers.sampling_params import MIN_TEMPERATURE, SamplingParams
 from tests.exercised import Exercised
 from tests.scenarios import SEEDS, scenarios
 
@@ -111,6 +113,13 @@ def test_truncations_keep_the_right_tokens() -> None:
     assert set(drawn(SamplingParams(top_p=1e-9, seed=1), logits, 50)) == {10}
 
 
+def test_a_temperature_below_the_smallest_takes_the_first_of_the_best() -> None:
+    logits = logits_of({10: 4.0, 11: 4.0})
+    tiny = SamplingParams(temperature=MIN_TEMPERATURE / 2, seed=1)
+    assert set(drawn(tiny, logits, 50)) == {10}
+    assert set(drawn(SamplingParams(temperature=MIN_TEMPERATURE, seed=1), logits, 50)) == {10, 11}
+
+
 def test_a_nucleus_wider_than_the_shortlist_is_exact() -> None:
     logits = torch.zeros(1, VOCAB)
     tokens = drawn(SamplingParams(top_p=0.9, seed=3), logits, 3000)
@@ -147,7 +156,7 @@ def test_penalties_and_bias() -> None:
         (SamplingParams(**greedy), 1),
         (SamplingParams(repetition_penalty=1.5, **greedy), 20),  # token 1 is in the prompt
         (SamplingParams(presence_penalty=1.0, **greedy), 1),  # no effect on prompt tokens
-        (SamplingParams(logit_bias={1: -100.0, 20: -100.0}, **greedy), 30),
+        (SamplingParams(logit_bias={1: -100, 20: -100}, **greedy), 30),
     ]
     for params, token in cases:
         assert sample(sampler_with(params), logits.clone(), [0], [2])[0].token_id == token
@@ -311,7 +320,18 @@ def test_ids_without_a_token_have_no_part_in_the_scores_of_a_prompt() -> None:
     assert found.sound
     chosen = np.frombuffer(found.logprobs, np.float32)
     assert chosen.tolist() == pytest.approx([float(expected[0, 6]), float(expected[1, 7])])
-    assert np.frombuffer(found.top_ids, np.int32)[:2].tolist() == [5, 6]
+    top = np.frombuffer(found.top, np.float32).reshape(2, 2)
+    top_ids = np.frombuffer(found.top_ids, np.int32).reshape(2, 2)
+    assert (top_ids[0].tolist(), top_ids[1, 0]) == ([5, 6], 7)
+    wanted = expected.gather(1, torch.from_numpy(top_ids.astype(np.int64)))
+    np.testing.assert_allclose(top, wanted, rtol=1e-6)
+
+
+def test_scores_of_a_prompt_with_logits_that_are_not_finite_are_not_sound() -> None:
+    sampler = sampler_with(SamplingParams(prompt_logprobs=0))
+    logits = logits_of({5: 1.0}, {5: torch.nan})
+    found = sampler.score(0, logits, torch.tensor([5, 6]))
+    assert (found.sound, found.top_ids, found.top) == (False, b"", b"")
 
 
 def test_no_more_alternatives_are_listed_than_there_are_tokens() -> None:
@@ -372,9 +392,33 @@ def test_min_tokens_and_ignore_eos_forbid_the_end_unless_nothing_else_is_allowed
     ):
         assert masked(params, logits_of({EOS: 9.0}), [EOS, 3]).token_id == 3
         assert masked(params, logits_of({3: 9.0}), [EOS]).token_id == EOS
-    stop = SamplingParams(temperature=0.0, min_tokens=9, stop_token_ids=(4,))
-    assert masked(stop, logits_of({4: 9.0}), [4, 3]).token_id == 3
-    assert masked(stop, logits_of({4: 9.0}), [4]).token_id == 4
+    assert masked(SamplingParams(temperature=0.0), logits_of({EOS: 9.0}), [EOS, 3]).token_id == EOS
+    ignoring = sampler_with(SamplingParams(temperature=0.0, ignore_eos=True))
+    # Without a mask an end of sequence is a token like any other, which does not end it.
+    assert sample(ignoring, logits_of({EOS: 9.0}), [0], [2])[0].token_id == EOS
+    for stop in (4, 500, VOCAB - 1):
+        params = SamplingParams(temperature=0.0, min_tokens=9, stop_token_ids=(stop,))
+        assert masked(params, logits_of({stop: 9.0}), [stop, 3]).token_id == 3
+        assert masked(params, logits_of({stop: 9.0}), [stop]).token_id == stop
+
+
+@pytest.mark.parametrize("end", [64, 70])
+def test_an_end_of_sequence_beyond_a_mask_is_not_allowed_by_it(end: int) -> None:
+    """A tokenizer can have fewer tokens than the model has logits."""
+    sampler = Sampler(VOCAB, (end,), CPU, tuple(range(64, VOCAB)))
+    sampler.start_row(RowStart(0, SamplingParams(temperature=0.0, ignore_eos=True), 2, b""))
+    bits = np.array([1 << 3, 0, 0, 0, 0, 0, 0, 0], np.uint8).tobytes()
+    (token,) = sample(sampler, logits_of({end: 9.0}), [0], [2], TokenMasks(1, [0], bits))
+    assert token.token_id == 3
+
+
+def test_bits_of_a_mask_beyond_the_vocabulary_allow_nothing() -> None:
+    """A mask consists of whole words, whose last bits may be anything."""
+    sampler = Sampler(12, (EOS,), CPU)
+    sampler.start_row(RowStart(0, SamplingParams(temperature=0.0, ignore_eos=True), 2, b""))
+    bits = np.array([1 << EOS, 0xF0, 0xFF, 0xFF], np.uint8).tobytes()
+    (token,) = sample(sampler, torch.zeros(1, 12), [0], [2], TokenMasks(1, [0], bits))
+    assert token.token_id == EOS
 
 
 def test_logprobs_of_a_masked_row_are_those_before_the_mask() -> None:
@@ -389,3 +433,44 @@ def test_logprobs_of_a_masked_row_are_those_before_the_mask() -> None:
 def test_a_mask_does_not_hide_nan() -> None:
     token = masked(SamplingParams(), logits_of({5: float("nan")}), [40, 41])
     assert (token.token_id, token.fault) == (NO_TOKEN, NOT_FINITE)
+
+
+def test_a_sampler_of_a_model_knows_its_vocabulary_and_ends_of_sequence() -> None:
+    facts = ModelFacts(
+        name="small",
+        revision="1",
+        architecture="Qwen3ForCausalLM",
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=16,
+        hidden_size=32,
+        mlp_sizes=(),
+        vocab_size=10,
+        max_model_len=100,
+        eos_token_ids=(3, 4),
+        weight_bytes=1,
+        dtype="float32",
+        sliding_windows=(None,),
+        unused_token_ids=(9,),
+    )
+    sampler = Sampler.of(facts, CPU)
+    params = SamplingParams(temperature=0.0, min_tokens=1, repetition_penalty=2.0)
+    sampler.start_row(RowStart(0, params, 2, b""))
+    (token,) = sample(sampler, torch.tensor([[0.0] * 3 + [9, 8, 7, 0, 0, 0, 10]]), [0], [2])
+    assert token.token_id == 5, "not an end, nor an id without a token"
+
+
+def test_what_warms_up_launches_what_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = []
+
+    def recorded(logits: torch.Tensor, params: SampleParams) -> torch.Tensor:
+        launched.append((logits.shape, params.block.shape, params.block.dtype, params.block.device))
+        return sample_tokens(logits, params)
+
+    monkeypatch.setattr("kvmesh.workers.sampler.sample_tokens", recorded)
+    sampler = sampler_with(SamplingParams(), SamplingParams())
+    sampler.warm_up(torch.zeros(2, VOCAB))
+    sample(sampler, torch.zeros(2, VOCAB), [0, 1], [2, 2])
+    warmed, sampled = launched
+    assert warmed == sampled
