@@ -116,7 +116,7 @@ TARGETS = {
     "router_link": _ingress("router_link", "router_link"),
     "failovers": _ingress("failovers", "one_generation"),
     "attempt": _ingress("attempt", "one_generation", "generation", "leases"),
-    "client_flows": _client("flows", "streams", "retries"),
+    "client_flows": _client("flows", "retries", "cursor", "streams"),
     "client_failures": _client("failures", "errors", "retries"),
     "stream_state": _client(
         "stream_state", "stream_state", "streams", "cursor", "answers", "iteration"
@@ -163,6 +163,7 @@ source_paths = ["kvmesh/{target.path}"]
 also_copy = ["kvmesh"]
 pytest_add_cli_args = {[*arguments, "not (ray or slow)"]}
 pytest_add_cli_args_test_selection = {[*target.tests]}
+timeout_multiplier = 5.0
 """
 
 
