@@ -32,7 +32,7 @@ from kvmesh import (
     Tokens,
     UnavailableError,
 )
-from kvmesh.client.failures import RetryState, error_of
+from kvmesh.client.failures import Contact, RetryState, error_of
 from kvmesh.client.flows import GRACE_S
 from kvmesh.client.transport import RpcFailure
 from kvmesh.protos import pb
@@ -345,6 +345,27 @@ def test_back_off_doubles_up_to_its_maximum_and_starts_again_after_progress() ->
     assert waits_s == [0.5, 1.0, 2.0, 3.0, 3.0]
     state.progress()
     assert state.delay_s(failure, error_of(failure), 0.0) == 0.5
+
+
+def test_waits_near_the_deadline_are_half_of_what_is_left() -> None:
+    policy = RetryPolicy(max_attempts=99, initial_backoff_s=0.5, max_backoff_s=100.0)
+    state = RetryState(policy, WithoutLuck(), deadline=20.0)
+    failure = RpcFailure("RESOURCE_EXHAUSTED", "full")
+    waits_s = [
+        state.delay_s(failure, error_of(failure), now)
+        for now in (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 18.0, 19.25, 19.5)
+    ]
+    assert waits_s == [0.5, 1.0, 2.0, 4.0, 8.0, 10.0, 1.0, 0.5, None]
+
+
+@pytest.mark.parametrize(("known", "limit_s"), [(True, 50.0), (False, 40.0)])
+def test_an_outage_is_waited_for_until_its_limit(known: bool, limit_s: float) -> None:
+    policy = RetryPolicy(max_attempts=2, max_connect_s=40.0, max_outage_s=50.0)
+    state = RetryState(policy, WithoutLuck(), Contact(known))
+    failure = RpcFailure("UNAVAILABLE", "")
+    since_s = (0.0, 10.0, 20.0, limit_s - 0.1, limit_s)
+    waits_s = [state.delay_s(failure, error_of(failure), 1000.0 + s) for s in since_s]
+    assert [wait_s is None for wait_s in waits_s] == [False] * 4 + [True]
 
 
 BACKED_OFF = Exercised("back-off", {"waits": 500, "waits at the maximum": 50})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import stat
 import threading
 import time
@@ -138,6 +139,26 @@ def test_masks_follow_their_plan_to_the_rank_that_samples() -> None:
     assert made == [masks]
 
 
+@pytest.mark.parametrize(("device", "flushes"), [("cpu", 0), ("cuda", 1)])
+def test_ranks_that_run_ahead_are_told_that_no_step_follows(device: str, flushes: int) -> None:
+    executor = ChannelExecutor(2)
+    ends = [RankEnd(endpoint) for endpoint in executor.endpoints]
+    for end in ends:
+        end.send(msgspec.structs.replace(DESCRIPTION, device=device))
+    executor.describe()
+    second = msgspec.structs.replace(PLAN, step=2)
+    for plan in (PLAN, second):
+        executor.submit(plan)
+        ends[0].send(StepResult(plan.step, [], 0.0))
+    assert [executor.result().step for _ in range(2)] == [1, 2]
+    executor.close()
+    for rank, end in enumerate(ends):
+        expected: list[object] = [PLAN, second, *[Flush()] * (0 if rank else flushes), Close()]
+        assert [end.receive(60) for _ in expected] == expected
+        assert end.receive(0) is None
+        end.close()
+
+
 def test_a_failure_of_any_rank_ends_the_wait_for_other_ranks() -> None:
     executor = ChannelExecutor(2)
 
@@ -196,12 +217,14 @@ def test_a_lost_rank_is_reported_with_its_own_last_message() -> None:
 
 
 class ArrivedMessages:
-    """A socket, whose messages have all arrived."""
+    """A socket, whose messages have all arrived. polls: for how long each poll may wait"""
 
     def __init__(self, *messages: Failed | RankDescription) -> None:
         self._messages = [msgspec.msgpack.encode(message) for message in messages]
+        self.polls: list[int] = []
 
     def poll(self, timeout_ms: int) -> bool:
+        self.polls.append(timeout_ms)
         return bool(self._messages)
 
     def recv(self) -> bytes:
@@ -218,6 +241,21 @@ def test_a_reason_is_found_after_other_messages_of_a_lost_rank(
         executor.fail(WorkerDiedError("rank 1 was killed"))
         with pytest.raises(RankRaisedError, match="OutOfMemoryError: no room"):
             executor.describe()
+    executor.close()
+
+
+def test_a_limit_is_waited_for_in_polls_of_the_rank_that_has_to_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    executor = ChannelExecutor(2, start_timeout_s=0.24)
+    answers, hangs = ArrivedMessages(DESCRIPTION), ArrivedMessages()
+    with monkeypatch.context() as patch:
+        patch.setattr(executor, "_sockets", [answers, hangs])
+        with pytest.raises(WorkerDiedError, match=r"rank 1 hangs.* within 0\.24 s"):
+            executor.describe()
+    read_all, no_wait, wait = 0, 0, 50
+    assert hangs.polls == [no_wait, *[wait] * 5]
+    assert answers.polls == [wait, read_all, *[no_wait] * 5]
     executor.close()
 
 
@@ -370,9 +408,17 @@ def test_a_step_in_flight_is_learned_from_the_result_of_the_one_before(
 def test_the_sockets_are_in_a_private_directory_that_close_removes() -> None:
     executor = ChannelExecutor(1)
     directory = Path(executor.endpoints[0].removeprefix("ipc://")).parent
+    assert directory.name.startswith("kvmesh-")
+    assert executor.rendezvous.parent == directory
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
     executor.close()
     assert not directory.exists()
+
+
+def test_an_executor_whose_directory_is_gone_can_be_closed() -> None:
+    executor = ChannelExecutor(1)
+    shutil.rmtree(executor.rendezvous.parent)
+    executor.close()
 
 
 def test_a_rank_that_hangs_in_a_step_fails_it() -> None:

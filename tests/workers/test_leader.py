@@ -7,8 +7,10 @@ import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+from msgspec import structs
 
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.errors import (
@@ -158,6 +160,34 @@ async def test_start_raises_the_error_of_a_rank_that_could_not_start() -> None:
 
     with pytest.raises(WorkerDiedError, match="exit code 1"):
         await EngineLeader(CONFIG, Broken()).start()
+
+
+async def test_the_format_that_the_ranks_have_chosen_is_checked() -> None:
+    measured: list[list[str]] = []
+
+    class Chosen(GatedExecutor):
+        def describe(self) -> list[RankDescription]:
+            described = structs.replace(super().describe()[0], kv_format="k4v4")
+            return [described, super().describe()[1]]
+
+        def divergences(self, kv_formats: list[str]) -> list[float]:
+            measured.append(kv_formats)
+            return [0.01] * len(kv_formats)
+
+    executor = Chosen()
+    leader = EngineLeader(CONFIG.replace(kv_probe="warn"), executor)
+    info = await leader.start()
+    assert (measured, info.kv_format, info.kv_divergence_nats) == ([["k4v4"]], "k4v4", 0.01)
+    await leader.stop()
+
+
+async def test_a_step_has_an_age_while_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    leader = EngineLeader(CONFIG, GatedExecutor())
+    assert leader.step_age_s == 0.0, "there is no engine yet"
+    monkeypatch.setattr("kvmesh.workers.leader.time.monotonic", lambda: 100.0)
+    for start_s, age_s in [(None, 0.0), (97.5, 2.5), (100.5, 0.0)]:
+        monkeypatch.setattr(leader, "_engine", SimpleNamespace(step_start_s=start_s))
+        assert leader.step_age_s == age_s
 
 
 async def test_submit_refuses_invalid_requests() -> None:
