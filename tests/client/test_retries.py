@@ -347,6 +347,12 @@ def test_back_off_doubles_up_to_its_maximum_and_starts_again_after_progress() ->
     assert state.delay_s(failure, error_of(failure), 0.0) == 0.5
 
 
+def test_back_off_is_added_to_what_the_server_asks_for() -> None:
+    state = RetryState(RetryPolicy(initial_backoff_s=0.5), WithoutLuck())
+    error = OverCapacityError("full", retry_after_s=12.0)
+    assert state.delay_s(RpcFailure("RESOURCE_EXHAUSTED", "full"), error, 0.0) == 12.5
+
+
 def test_waits_near_the_deadline_are_half_of_what_is_left() -> None:
     policy = RetryPolicy(max_attempts=99, initial_backoff_s=0.5, max_backoff_s=100.0)
     state = RetryState(policy, WithoutLuck(), deadline=20.0)

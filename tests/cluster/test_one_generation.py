@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -14,6 +15,7 @@ import pytest
 
 from kvmesh.cluster.errors import EngineLostError, RequestDeadlineError, RequestFaultError
 from kvmesh.cluster.ingress import generation
+from kvmesh.cluster.ingress.answers.plan import NO_PLAN, AnswerPlan
 from kvmesh.cluster.ingress.attempt import Attempt
 from kvmesh.cluster.ingress.choice import choice_seed
 from kvmesh.cluster.ingress.engine_links import Receiver
@@ -41,9 +43,16 @@ from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.cluster.telemetry import table
 from kvmesh.cluster.telemetry.meters import IngressMeters
 from kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.workers.constraint import OutputConstraint
 from kvmesh.workers.errors import PoolCapacityError
 from kvmesh.workers.lease import LeaseTerms
-from kvmesh.workers.request import EndReason, PrefillProgress, SequenceDelta, SequenceUsage
+from kvmesh.workers.request import (
+    EndReason,
+    PinTerms,
+    PrefillProgress,
+    SequenceDelta,
+    SequenceUsage,
+)
 from kvmesh.workers.sampling_params import SamplingParams
 from tests.cluster.machine import PATIENCE_S, TENANT, LetterCodec, SeenMeters
 from tests.routing.groups import make_info
@@ -53,20 +62,19 @@ QUEUE_TIMEOUT_S = 100.0
 
 
 class Notes:
-    """A trace that keeps its phases and events."""
+    """A trace that keeps its phases and events, with what they say."""
 
     def __init__(self) -> None:
-        self.phases: list[str] = []
-        self.events: list[str] = []
+        self.all: list[tuple[str, dict[str, object]]] = []
 
     def phase(self, name: str, **attributes: object) -> None:
-        self.phases.append(name)
+        self.all.append((name, attributes))
 
     def event(self, name: str, **attributes: object) -> None:
-        self.events.append(name)
+        self.all.append((name, attributes))
 
     def finish(self, usage: pb.Usage, finish_reasons: list[str]) -> None:
-        self.phases.append(", ".join(finish_reasons))
+        self.all.append(("finish", {"usage": usage, "reasons": finish_reasons}))
 
     def fail(self, reason: str) -> None: ...
 
@@ -82,6 +90,7 @@ class Surroundings:
         self.receiver: Receiver | None = None  # of what was submitted last
         self.forgotten: list[str] = []
         self.ended: list[tuple[list[str], EndReason]] = []
+        self.reached: list[tuple[str, Address]] = []
         self.unreachable = 0  # engines that cannot be connected to
         self.closed = 0  # connections that close before the submission
         self._answers: asyncio.Queue[Placed | Exception] = asyncio.Queue()
@@ -106,6 +115,7 @@ class Surroundings:
             self._answers.put_nowait(answer)
 
     async def get(self, epoch: str, address: Address) -> Surroundings:
+        self.reached.append((epoch, address))
         if self.unreachable:
             self.unreachable -= 1
             raise EngineLostError()
@@ -136,12 +146,17 @@ class Alone:
         resume: Resume | None = None,
         stop: tuple[str, ...] = (),
         max_tokens: int = 20,
+        prompt_logprobs: int | None = None,
+        pin_s: float | None = None,
+        plan: AnswerPlan = NO_PLAN,
     ) -> None:
         self.now = 1000.0
         self.around = Surroundings()
         self.notes = Notes()
         self.meters = SeenMeters()
-        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, seed=7)
+        params = SamplingParams(
+            max_tokens=max_tokens, ignore_eos=True, seed=7, prompt_logprobs=prompt_logprobs
+        )
         spec = GenerationSpec(
             request_id="r",
             prompt="",
@@ -151,6 +166,7 @@ class Alone:
             priority=4,
             timeout_s=timeout_s,
             cache_salt="salt",
+            pin_s=pin_s,
             resume=resume,
         )
         around: Any = self.around
@@ -165,6 +181,7 @@ class Alone:
             params=params,
             page_hashes=(b"page",),
             excluded_groups=frozenset({"g9"}),
+            plan=plan,
         )
         self.generation = Generation(request, context, self.notes)
         self.stream = self.generation.events()
@@ -253,6 +270,7 @@ async def test_the_router_and_the_engine_hear_what_the_request_is() -> None:
         excluded_groups=frozenset({"g9"}),
         sequences=2,
     )
+    assert alone.around.reached == [("e0", Address("g0", 1))]
     assert sent.lease == placed.lease
     assert np.frombuffer(sent.prompt, "<i4").tolist() == PROMPT
     assert [x.request_id for x in sent.sequences] == ["l1.0", "l1.1"]
@@ -268,6 +286,94 @@ async def test_the_router_and_the_engine_hear_what_the_request_is() -> None:
     await over(task)
     assert alone.around.given_back == ["finished"]
     assert alone.around.forgotten == ["l1"]
+
+
+async def test_the_engine_hears_what_is_asked_of_the_answer_and_of_the_prompt() -> None:
+    constraint = OutputConstraint("start: /[A-Z]+/")
+    alone = Alone(
+        n=2,
+        prompt_logprobs=2,
+        pin_s=60.0,
+        plan=AnswerPlan(constraint=constraint),
+        resume=Resume("r", (ResumedChoice(),) * 2, scores=3),
+    )
+    task = alone.read()
+    alone.place()
+    sent = await alone.submitted()
+    assert (sent.constraint, sent.pin) == (constraint, PinTerms(TENANT, 60.0))
+    assert [x.params.prompt_logprobs for x in sent.sequences] == [2, None]
+    assert [x.scored for x in sent.sequences] == [3, 0]
+    for index in range(2):
+        alone.deliver(f"l1.{index}", 2, end=EndReason.LENGTH, usage=used())
+    await over(task)
+
+
+async def test_the_client_hears_where_its_request_is() -> None:
+    alone = Alone()
+    task = alone.read()
+    await alone.until(lambda: alone.around.on_waiting is not None)
+    status = alone.generation._status
+    assert alone.around.on_waiting is not None
+    alone.around.on_waiting(Waiting(1, 3, 2.5))
+    await alone.until(lambda: len(alone.received) == 1)
+    alone.place()
+    await alone.submitted()
+    unstarted = pb.Prefilling(total_tokens=len(PROMPT))
+    assert status.event().prefilling == unstarted
+    alone.deliver("l1.0", progress=PrefillProgress(2, 1, 5))
+    await alone.until(lambda: len(alone.received) == 3)
+    alone.deliver("l1.0", 5)
+    alone.attempt.lose()
+    await alone.until(lambda: len(alone.around.asked) == 2)
+    assert status.event().queued == pb.Queued(request_id="r")
+    alone.place()
+    await alone.submitted()
+    unstarted.total_tokens += 1
+    assert status.event().prefilling == unstarted
+    alone.deliver("l2.0", 6, end=EndReason.LENGTH, usage=used())
+    await over(task)
+    queued, started, prefilling, *_ = alone.received
+    assert queued.queued == pb.Queued(position=3, projected_wait_s=2.5, request_id="r")
+    assert prefilling.prefilling == pb.Prefilling(
+        computed_tokens=2, cached_tokens=1, total_tokens=5
+    )
+    assert started.started == pb.Started(
+        request_id="r",
+        model="m",
+        model_revision="r",
+        group="g0",
+        kv_format="int4",
+        seed=7,
+        prompt_tokens=len(PROMPT),
+        kv_hot_pages=4,
+        kv_sealed_pages=4,
+        kv_reserved_bytes=9_000,
+        cached_tokens=512,
+    )
+    assert (alone.usage.group, alone.usage.kv_format) == ("g0", "int4")
+
+
+async def test_the_log_says_which_request_lost_what(caplog: pytest.LogCaptureFixture) -> None:
+    alone = Alone()
+    task = alone.read()
+    for _ in range(2):
+        alone.place()
+    await alone.submitted()
+    alone.attempt.lose()
+    await alone.submitted()
+    alone.deliver("l2.0", end=EndReason.FAULT)
+    with pytest.raises(RequestFaultError):
+        await over(task)
+    found = [(x.levelname, x.getMessage(), about_of(x)) for x in caplog.records]
+    whose = {"tenant": TENANT, "request_id": "r", "group": "g0"}
+    assert found == [
+        ("WARNING", f"request {TENANT}/r lost group g0", whose),
+        ("ERROR", f"request {TENANT}/r is not tried again: it failed", whose),
+    ]
+
+
+def about_of(record: logging.LogRecord) -> dict[str, object]:
+    return {name: getattr(record, name, None) for name in ("tenant", "request_id", "group")}
 
 
 async def test_after_a_loss_only_what_is_missing_is_asked_for() -> None:
@@ -404,9 +510,21 @@ async def test_a_trace_has_the_phases_of_every_placement() -> None:
     alone.deliver("l2.0", 7)
     alone.deliver("l2.0", end=EndReason.LENGTH)
     await over(task)
-    first, again = ["place", "queue", "prefill", "decode"], ["place", "prefill", "decode"]
-    assert alone.notes.phases == [*first, *again, "length"]
-    assert alone.notes.events == ["waiting", "waiting", "prefilling", "engine lost"]
+    begun = ("prefill", {"group": "g0", "kv_format": "int4"})
+    assert alone.notes.all == [
+        ("place", {"prompt_tokens": len(PROMPT)}),
+        ("queue", {}),
+        ("waiting", {"position": 1}),
+        ("waiting", {"position": 0}),
+        begun,
+        ("prefilling", {"computed_tokens": 2}),
+        ("decode", {}),
+        ("engine lost", {"cause": "suspect"}),
+        ("place", {"prompt_tokens": len(PROMPT) + 2}),
+        begun,
+        ("decode", {}),
+        ("finish", {"usage": alone.usage, "reasons": ["length"]}),
+    ]
     assert alone.meters.of(table.FAILOVERS, "g0", "suspect") == 1
 
 
@@ -592,6 +710,37 @@ async def test_output_is_kept_if_no_other_place_comes_in_time() -> None:
     await over(task)
     assert alone.kinds() == ["started", "delta", "choice_finished", "usage"]
     assert alone.received[2].choice_finished.finish_reason == pb.FINISH_REASON_DEADLINE
+
+
+@pytest.mark.parametrize(("timeout_s", "limit_s"), [(None, None), (8.0, 8.0 + DEADLINE_GRACE_S)])
+async def test_an_engine_has_a_moment_to_end_what_is_overdue_itself(
+    monkeypatch: pytest.MonkeyPatch, timeout_s: float | None, limit_s: float | None
+) -> None:
+    limits_s: list[float | None] = []
+
+    async def run(attempt: Attempt, link: object, message: Submit, timeout_s: float | None) -> None:
+        limits_s.append(timeout_s)
+        raise TimeoutError
+
+    monkeypatch.setattr(Attempt, "run", run)
+    alone = Alone(timeout_s=timeout_s)
+    alone.place()
+    with pytest.raises(RequestDeadlineError):
+        await over(alone.read())
+    assert limits_s == [limit_s]
+
+
+async def test_a_request_that_is_aborted_while_it_waits_has_started_and_ended() -> None:
+    alone = Alone(n=2)
+    alone.around.answer(RequestAbortedError())
+    await over(alone.read())
+    assert alone.kinds() == ["started", "choice_finished", "choice_finished", "usage"]
+    started = pb.Started(request_id="r", seed=7, prompt_tokens=len(PROMPT))
+    assert alone.received[0].started == started
+    for index, event in enumerate(alone.received[1:3]):
+        aborted = pb.ChoiceFinished(index=index, finish_reason=pb.FINISH_REASON_ABORT)
+        assert event.choice_finished == aborted
+    assert alone.usage == pb.Usage(prompt_tokens=len(PROMPT))
 
 
 async def test_an_abort_keeps_what_there_is() -> None:
