@@ -117,7 +117,7 @@ TARGETS = {
     "generation": _ingress("generation", "one_generation"),
     "validate": _ingress("validate", "validate"),
     "router_link": _ingress("router_link", "router_link"),
-    "failovers": _ingress("failovers", "one_generation"),
+    "failovers": _ingress("failovers", "failovers"),
     "attempt": _ingress("attempt", "one_generation"),
     "client_flows": _client("flows", "retries", "cursor", "streams"),
     "client_failures": _client("failures", "errors", "retries"),
