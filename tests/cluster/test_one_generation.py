@@ -46,6 +46,7 @@ from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.constraint import OutputConstraint
 from kvmesh.workers.errors import PoolCapacityError
 from kvmesh.workers.lease import LeaseTerms
+from kvmesh.workers.plan import TokenScores
 from kvmesh.workers.request import (
     EndReason,
     PinTerms,
@@ -303,9 +304,14 @@ async def test_the_engine_hears_what_is_asked_of_the_answer_and_of_the_prompt() 
     assert (sent.constraint, sent.pin) == (constraint, PinTerms(TENANT, 60.0))
     assert [x.params.prompt_logprobs for x in sent.sequences] == [2, None]
     assert [x.scored for x in sent.sequences] == [3, 0]
+    score = np.array([-1.5], np.float32).tobytes()
+    scores = TokenScores(score, np.array([PROMPT[-1]], np.int32).tobytes(), score)
+    alone.deliver("l1.0", scores=scores)
     for index in range(2):
         alone.deliver(f"l1.{index}", 2, end=EndReason.LENGTH, usage=used())
     await over(task)
+    assert alone.kinds()[:3] == ["started", "prompt_logprobs", "delta"]
+    assert alone.received[1].prompt_logprobs.chosen_token_ids == PROMPT[-1:]
 
 
 async def test_the_client_hears_where_its_request_is() -> None:

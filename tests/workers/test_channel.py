@@ -146,14 +146,17 @@ def test_ranks_that_run_ahead_are_told_that_no_step_follows(device: str, flushes
     for end in ends:
         end.send(msgspec.structs.replace(DESCRIPTION, device=device))
     executor.describe()
-    second = msgspec.structs.replace(PLAN, step=2)
-    for plan in (PLAN, second):
-        executor.submit(plan)
+    plans = [msgspec.structs.replace(PLAN, step=step) for step in (1, 2, 3)]
+    for plan in plans:
         ends[0].send(StepResult(plan.step, [], 0.0))
-    assert [executor.result().step for _ in range(2)] == [1, 2]
+    executor.submit(plans[0])
+    for plan in plans[1:]:
+        executor.submit(plan)
+        assert executor.result().step == plan.step - 1
+    assert executor.result().step == 3
     executor.close()
     for rank, end in enumerate(ends):
-        expected: list[object] = [PLAN, second, *[Flush()] * (0 if rank else flushes), Close()]
+        expected: list[object] = [*plans, *[Flush()] * (0 if rank else flushes), Close()]
         assert [end.receive(60) for _ in expected] == expected
         assert end.receive(0) is None
         end.close()
