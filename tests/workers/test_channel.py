@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import msgspec
 import pytest
+import zmq
 
 from kvmesh.workers import channel
 from kvmesh.workers.channel import (
@@ -278,6 +279,19 @@ def test_of_several_failures_the_cause_is_reported(first: int) -> None:
         end.close()
 
 
+def test_without_a_cause_the_first_failure_is_reported() -> None:
+    executor = ChannelExecutor(2)
+    ends = [RankEnd(endpoint) for endpoint in executor.endpoints]
+    for rank, end in enumerate(ends):
+        end.send(Failed("WorkerDiedError", f"rank {1 - rank} has ended"))
+        wait_for_message(executor, rank)
+    with pytest.raises(WorkerDiedError, match="rank 1 has ended"):
+        executor.describe()
+    executor.close()
+    for end in ends:
+        end.close()
+
+
 @pytest.mark.parametrize(
     ("failed", "error"),
     [
@@ -397,7 +411,7 @@ def test_a_step_in_flight_is_learned_from_the_result_of_the_one_before(
     executor.describe()
     learned_s: list[float] = []
     monkeypatch.setattr(executor._step_limit, "learn", lambda plan, s: learned_s.append(s))
-    times = iter((100.0, 100.5, 105.0, 108.0))
+    times = iter((0.25, 0.75, 5.25, 8.25))
     monkeypatch.setattr(channel, "time", SimpleNamespace(monotonic=lambda: next(times)))
     executor.submit(PLAN)
     executor.submit(PLAN)
@@ -416,6 +430,38 @@ def test_the_sockets_are_in_a_private_directory_that_close_removes() -> None:
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
     executor.close()
     assert not directory.exists()
+
+
+class ClosedSocket:
+    """Keeps what it was told. full: nobody reads what is sent"""
+
+    def __init__(self, full: bool) -> None:
+        self._full = full
+        self.told: list[object] = []
+
+    def send(self, data: bytes, flags: int) -> None:
+        if self._full:
+            raise zmq.Again
+        self.told += [msgspec.msgpack.decode(data, type=Close), flags]
+
+    def close(self, linger: int) -> None:
+        self.told.append(linger)
+
+
+def test_whoever_ends_leaves_its_last_words_a_second_to_arrive(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    executor = ChannelExecutor(1)
+    end = RankEnd(executor.endpoints[0])
+    assert end._socket.getsockopt(zmq.LINGER) == 1000
+    end.close()
+    (socket,) = executor._sockets
+    assert socket.getsockopt(zmq.LINGER) == 0, "a leader that has not closed it waits for nobody"
+    socket.close()
+    sockets = [ClosedSocket(full=True), ClosedSocket(full=False)]
+    monkeypatch.setattr(executor, "_sockets", sockets)
+    executor.close()
+    assert [x.told for x in sockets] == [[1000], [Close(), zmq.DONTWAIT, 1000]]
 
 
 def test_an_executor_whose_directory_is_gone_can_be_closed() -> None:
@@ -455,8 +501,6 @@ def test_an_answer_that_has_arrived_counts_however_late_it_is_read() -> None:
     """As after the whole machine was suspended: limits are counted in polls."""
     executor = ChannelExecutor(1, step_timeout_s=1e-9)
     end = RankEnd(executor.endpoints[0])
-    end.send(DESCRIPTION)
-    executor.describe()
     for _ in range(20):
         end.send(StepResult(PLAN.step, [], 0.0))
         wait_for_message(executor, 0)
