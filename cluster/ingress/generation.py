@@ -115,14 +115,8 @@ class Generation:
         Raises the errors of the table in error_table.py.
         """
         queue = self._output.queue
-
-        def note_over(task: asyncio.Task[None]) -> None:
-            if not task.cancelled():
-                task.exception()  # retrieved, even if the reader has left meanwhile
-            queue.wake()
-
         task = asyncio.create_task(self._run(), name=f"generate {self._request.key}")
-        task.add_done_callback(note_over)
+        task.add_done_callback(lambda _: queue.wake())
         queue.open()
         try:
             over = False

@@ -644,7 +644,35 @@ async def test_a_refusal_by_the_engine_is_tried_again_a_few_times(
     assert alone.around.given_back == ["released"] * MAX_REFUSALS, "nothing runs under the lease"
 
 
-async def test_a_client_that_leaves_lets_everything_go() -> None:
+async def test_a_refusal_for_good_is_not_tried_again() -> None:
+    alone = Alone()
+    task = alone.read()
+    alone.place()
+    await alone.submitted()
+    alone.attempt.reject(PoolCapacityError("too long", 2, 1, retryable=False))
+    with pytest.raises(PoolCapacityError, match="too long"):
+        await over(task)
+    assert len(alone.around.asked) == 1
+
+
+async def test_a_failure_whose_reader_has_left_is_no_surprise(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    alone = Alone()
+    alone.place()
+    await anext(alone.stream)
+    await alone.submitted()
+    alone.deliver("l1.0", end=EndReason.FAULT)
+    given_back = alone.around.given_back
+    await alone.until(lambda: bool(given_back))
+    await asyncio.sleep(0)
+    await alone.stream.aclose()
+    del alone
+    gc.collect()
+    assert [x.name for x in caplog.records] == ["kvmesh.cluster.ingress.generation"]
+
+
+async def test_a_client_that_leaves_lets_everything_go(caplog: pytest.LogCaptureFixture) -> None:
     alone = Alone()
     task = alone.read()
     alone.place()
@@ -658,6 +686,7 @@ async def test_a_client_that_leaves_lets_everything_go() -> None:
     assert alone.around.forgotten == ["l1"]
     assert alone.around.given_back == ["finished"]
     assert alone.generation._output.queue._timer is None
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("tokens", [(), (5,)])
