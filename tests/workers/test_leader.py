@@ -149,7 +149,8 @@ async def test_a_failed_rank_ends_every_sequence_with_an_error() -> None:
         read = await inbox.until_end({"a", "b"})
         assert all(deltas[-1].finish_reason is EndReason.ERROR for deltas in read.values())
         assert leader.failed is executor.error
-        with pytest.raises(WorkerDiedError):
+        failed = "the engine of this group has failed: rank 1 ended"
+        with pytest.raises(WorkerDiedError, match=failed):
             leader.submit([request("c", [3])], inbox.deliver)
 
 
@@ -194,7 +195,7 @@ async def test_submit_refuses_invalid_requests() -> None:
     async with running() as (leader, _):
         inbox = Inbox()
         leader.submit([request("a", [3, 4], params=ENDLESS)], inbox.deliver)
-        with pytest.raises(InvalidFieldError, match="request_id"):
+        with pytest.raises(InvalidFieldError, match="request_id: 'a' is already running"):
             leader.submit([request("a", [3, 4])], inbox.deliver)
         total = leader.account.info.capacity.sealed
         big = LeaseTerms("l1", 1, hot_pages=1, sealed_pages=total - 1, max_sealed_pages=total - 1)
@@ -205,7 +206,7 @@ async def test_submit_refuses_invalid_requests() -> None:
         assert caught.value.retryable
         assert leader.account.book.take_update() == AccountUpdate(arrived=(big,))
         leader._draining = True
-        with pytest.raises(EngineDrainingError):
+        with pytest.raises(EngineDrainingError, match="this group is shutting down"):
             leader.submit([request("d", [3, 4])], inbox.deliver)
 
 
