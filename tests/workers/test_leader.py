@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from msgspec import structs
@@ -163,23 +164,18 @@ async def test_start_raises_the_error_of_a_rank_that_could_not_start() -> None:
         await EngineLeader(CONFIG, Broken()).start()
 
 
-async def test_the_format_that_the_ranks_have_chosen_is_checked() -> None:
-    measured: list[list[str]] = []
-
-    class Chosen(GatedExecutor):
-        def describe(self) -> list[RankDescription]:
-            described = structs.replace(super().describe()[0], kv_format="k4v4")
-            return [described, super().describe()[1]]
-
-        def divergences(self, kv_formats: list[str]) -> list[float]:
-            measured.append(kv_formats)
-            return [0.01] * len(kv_formats)
-
-    executor = Chosen()
-    leader = EngineLeader(CONFIG.replace(kv_probe="warn"), executor)
-    info = await leader.start()
-    assert (measured, info.kv_format, info.kv_divergence_nats) == ([["k4v4"]], "k4v4", 0.01)
-    await leader.stop()
+@pytest.mark.parametrize("chosen", ["", "k4v4"])
+def test_the_format_that_the_ranks_have_chosen_is_checked(
+    monkeypatch: pytest.MonkeyPatch, chosen: str
+) -> None:
+    monkeypatch.setattr("kvmesh.workers.leader.check_format", lambda *given: given)
+    monkeypatch.setattr("kvmesh.workers.leader.Engine", lambda *given, check: (*given, check))
+    executor = GatedExecutor()
+    described = structs.replace(executor._description, kv_format=chosen, values_in_keys=4)
+    executor._description = described
+    made: Any = EngineLeader(CONFIG, executor)._make_engine()
+    config = CONFIG.replace(kv_format=chosen or CONFIG.kv_format)
+    assert made == (CONFIG, executor, (config, described.head_dim, executor.divergences, 4))
 
 
 async def test_a_step_has_an_age_while_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
