@@ -187,6 +187,7 @@ class Alone:
         self.generation = Generation(request, context, self.notes)
         self.stream = self.generation.events()
         self.received: list[pb.GenerateStreamResponse] = []
+        self._reading: asyncio.Task[None] | None = None
         self._placements = 0
 
     def place(self, epoch: str = "e0", queue_s: float = 0.0) -> Placed:
@@ -204,10 +205,12 @@ class Alone:
             async for event in self.stream:
                 self.received.append(event)
 
-        return asyncio.create_task(read())
+        self._reading = asyncio.create_task(read())
+        return self._reading
 
     async def submitted(self) -> Submit:
-        return await asyncio.wait_for(self.around.submitted.get(), PATIENCE_S)
+        await self.until(lambda: not self.around.submitted.empty())
+        return self.around.submitted.get_nowait()
 
     @property
     def attempt(self) -> Attempt:
@@ -221,8 +224,13 @@ class Alone:
             self.attempt.deliver(SequenceDelta(name, tokens, finish_reason=end, **rest))
 
     async def until(self, holds: Callable[[], bool]) -> None:
+        """Raises what the client gets, if that is an error."""
         async with asyncio.timeout(PATIENCE_S):
             while not holds():
+                reading = self._reading
+                if reading is not None and reading.done() and not reading.cancelled():
+                    reading.result()
+                    raise AssertionError("the stream has ended")
                 await asyncio.sleep(0)
 
     def kinds(self) -> list[str | None]:
