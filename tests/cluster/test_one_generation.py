@@ -323,7 +323,7 @@ async def test_the_engine_hears_what_is_asked_of_the_answer_and_of_the_prompt() 
 
 
 async def test_the_client_hears_where_its_request_is() -> None:
-    alone = Alone()
+    alone = Alone(n=2)
     task = alone.read()
     await alone.until(lambda: alone.around.on_waiting is not None)
     status = alone.generation._status
@@ -336,6 +336,8 @@ async def test_the_client_hears_where_its_request_is() -> None:
     assert status.event().prefilling == unstarted
     alone.deliver("l1.0", progress=PrefillProgress(2, 1, 5))
     await alone.until(lambda: len(alone.received) == 3)
+    alone.deliver("l1.1", progress=PrefillProgress(1, 1, 5))  # not the one that leads
+    assert status.event().prefilling.computed_tokens == 2
     alone.deliver("l1.0", 5)
     alone.attempt.lose()
     await alone.until(lambda: len(alone.around.asked) == 2)
@@ -344,7 +346,8 @@ async def test_the_client_hears_where_its_request_is() -> None:
     await alone.submitted()
     unstarted.total_tokens += 1
     assert status.event().prefilling == unstarted
-    alone.deliver("l2.0", 6, end=EndReason.LENGTH, usage=used())
+    for name in ("l2.0", "l2.1"):
+        alone.deliver(name, 6, end=EndReason.LENGTH, usage=used())
     await over(task)
     queued, started, prefilling, *_ = alone.received
     assert queued.queued == pb.Queued(position=3, projected_wait_s=2.5, request_id="r")
