@@ -7,12 +7,19 @@ from collections.abc import Sequence
 import pytest
 
 from kvmesh.cluster.ingress import wire
-from kvmesh.cluster.ingress.choice import ChoiceFinish, RunningChoice
+from kvmesh.cluster.ingress.answers.pieces import CallPiece
+from kvmesh.cluster.ingress.choice import (
+    ChoiceFinish,
+    ChoiceOutput,
+    RunningChoice,
+    choice_seed,
+)
 from kvmesh.cluster.ingress.resume import ResumedChoice
 from kvmesh.cluster.ingress.validate import TextRules
 from kvmesh.workers.request import EndReason, SampledLogprobs, SequenceDelta, TokenIds
 from kvmesh.workers.sampling_params import SamplingParams
 from tests.cluster.machine import LetterCodec, LetterStream, text_of
+from tests.workers.memory_executor import EOS
 
 CODEC = LetterCodec()
 ABCD = CODEC.encode("abcd").tolist()
@@ -283,3 +290,52 @@ def test_at_the_end_nothing_is_held_back(reason: EndReason, stops: tuple[str, ..
     assert again.owed().text == "bcd"
     assert again.owed().text == "", "it is owed once"
     assert again.finish == ChoiceFinish(EndReason.LENGTH)
+
+
+def test_an_output_says_which_tokens_it_has_and_where_they_begin() -> None:
+    made = choice(resumed=2)
+    assert made.owed() == ChoiceOutput(2, (), "b", ())
+    scores = tuple(SampledLogprobs(-float(token), ()) for token in ABCD[2:])
+    deltas = [SequenceDelta("r", tuple(ABCD[2:]), scores), SequenceDelta("r", (ABCD[0],))]
+    assert made.accept(deltas) == ChoiceOutput(2, (*ABCD[2:], ABCD[0]), "cda", scores)
+    assert made.accept([]) == ChoiceOutput(5, (), "", ())
+    assert made.end(EndReason.ABORT) == ChoiceOutput(5, (), "", ())
+
+
+def test_an_output_is_true_if_it_has_anything_to_send() -> None:
+    assert not ChoiceOutput(5, (), "", ())
+    for part in (
+        ChoiceOutput(0, (3,), "", ()),
+        ChoiceOutput(0, (), "a", ()),
+        ChoiceOutput(0, (), "", (), reasoning="a"),
+        ChoiceOutput(0, (), "", (), calls=(CallPiece(0, "f", ""),)),
+    ):
+        assert part
+
+
+@pytest.mark.parametrize(
+    ("min_tokens", "ignore_eos", "grammar", "ends"),
+    [
+        (3, False, False, True),
+        (4, False, False, False),
+        (3, True, False, False),
+        # Only the grammar knows where an output ends.
+        (4, False, True, True),
+        (3, True, True, True),
+    ],
+)
+def test_a_resumed_choice_ends_at_the_end_of_sequence(
+    min_tokens: int, ignore_eos: bool, grammar: bool, ends: bool
+) -> None:
+    params = SamplingParams(max_tokens=9, min_tokens=min_tokens, ignore_eos=ignore_eos)
+    had = ResumedChoice((*ABCD[:2], EOS))
+    made = RunningChoice(0, params, TextRules(), CODEC, had, grammar=grammar)
+    assert made.finish == (ChoiceFinish(EndReason.STOP, stop_token_id=EOS) if ends else None)
+
+
+def test_seeds_of_choices_are_the_outputs_of_splitmix64() -> None:
+    """As its authors' splitmix64.c prints them for the state 0."""
+    outputs = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F, 0xF88BB8A8724C81EC]
+    assert [choice_seed(0, index) for index in range(5)] == [0, *outputs]
+    golden = 0x9E3779B97F4A7C15
+    assert choice_seed(2**64 - golden, 2) == outputs[0], "its state has 64 bits"
