@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
+from kvmesh.cluster.errors import ResumeMismatchError
 from kvmesh.cluster.ingress import wire
 from kvmesh.cluster.ingress.answers.pieces import CallPiece
 from kvmesh.cluster.ingress.choice import (
@@ -130,6 +132,12 @@ def ended(tokens: str, pieces: int = 1, **rules: object) -> tuple[str, object, i
         ("abZcd", {"stop": ("bc",)}, ("a", "bc", 4)),
         ("abZZcd", {"stop": ("bck", "bcd")}, ("a", "bcd", 6)),
         ("abZcd", {"stop": ("bc",), "skip_special_tokens": False}, ("ab<|end|>cd", None, 5)),
+        ("abZcd", {"stop": ("><",), "skip_special_tokens": False}, ("ab<|end|>cd", None, 5)),
+        (
+            "abZcd",
+            {"stop": ("end|>",), "skip_special_tokens": False, "include_stop": True},
+            ("ab<|end|>", "end|>", 3),
+        ),
         # Without a match, everything that is shown, and nothing else.
         ("abZcd", {"stop": ("bZ", "<|end|>k")}, ("abcd", None, 5)),
         ("abZ", {"stop": ("<|end|>k",)}, ("ab", None, 3)),
@@ -192,6 +200,30 @@ def test_a_stop_token_is_in_the_text_if_stops_are_included(include: bool, text: 
     found = made.accept([SequenceDelta("r", tuple(ids[:2])), end]).text
     assert found == text
     assert made.finish == ChoiceFinish(EndReason.STOP, stop_token_id=ids[2])
+    again = RunningChoice(
+        0, params, TextRules(include_stop=include), codec, ResumedChoice(tuple(ids))
+    )
+    assert (again.owed().text, again.finish) == (text, made.finish)
+    # It ends by its token, and not by a stop string that is complete with its text.
+    rules = TextRules(("bS",), include_stop=include)
+    either = RunningChoice(0, params, rules, codec, ResumedChoice())
+    assert either.accept([SequenceDelta("r", tuple(ids[:2])), end]).text == text
+    assert either.finish == made.finish
+
+
+@pytest.mark.parametrize(
+    ("resumed", "message"),
+    [
+        (ResumedChoice((*ABCD, ABCD[0])), "the resumed output ends at token 4, but it has 5"),
+        (ResumedChoice((*ABCD[:2],), 3), "decode to 2 characters, but the client has"),
+    ],
+)
+def test_a_client_that_cannot_have_what_it_says_is_refused(
+    resumed: ResumedChoice, message: str
+) -> None:
+    params = SamplingParams(max_tokens=4)
+    with pytest.raises(ResumeMismatchError, match=message):
+        RunningChoice(0, params, TextRules(), CODEC, resumed)
 
 
 @pytest.mark.parametrize(("skip", "name"), [(True, b""), (False, b"<|end|>")])
@@ -292,6 +324,15 @@ def test_at_the_end_nothing_is_held_back(reason: EndReason, stops: tuple[str, ..
     assert again.finish == ChoiceFinish(EndReason.LENGTH)
 
 
+def test_a_stop_string_may_be_complete_only_at_the_end() -> None:
+    made = RunningChoice(
+        0, SamplingParams(max_tokens=4), TextRules(("d",)), HoldingCodec(), ResumedChoice()
+    )
+    end = SequenceDelta("r", tuple(ABCD), finish_reason=EndReason.LENGTH)
+    assert made.accept([end]).text == "abc"
+    assert made.finish == ChoiceFinish(EndReason.STOP, stop_string="d")
+
+
 def test_an_output_says_which_tokens_it_has_and_where_they_begin() -> None:
     made = choice(resumed=2)
     assert made.owed() == ChoiceOutput(2, (), "b", ())
@@ -300,6 +341,31 @@ def test_an_output_says_which_tokens_it_has_and_where_they_begin() -> None:
     assert made.accept(deltas) == ChoiceOutput(2, (*ABCD[2:], ABCD[0]), "cda", scores)
     assert made.accept([]) == ChoiceOutput(5, (), "", ())
     assert made.end(EndReason.ABORT) == ChoiceOutput(5, (), "", ())
+
+
+def test_only_a_choice_that_its_text_ends_is_cut() -> None:
+    made = choice(("b",))
+    assert (made.cut, made.already_finished) == (False, False)
+    made.accept([SequenceDelta("r", tuple(ABCD), finish_reason=EndReason.LENGTH)])
+    assert made.cut
+    made = choice(("x",))
+    made.accept([SequenceDelta("r", tuple(ABCD), finish_reason=EndReason.LENGTH)])
+    assert (made.finish, made.cut) == (ChoiceFinish(EndReason.LENGTH), False)
+
+
+def test_text_is_decoded_after_the_prompt_and_as_the_rules_say() -> None:
+    class Asked(LetterCodec):
+        def stream(self, prompt: object, skip_special_tokens: bool) -> LetterStream:
+            asked.append((prompt, skip_special_tokens))
+            return LetterStream()
+
+    asked: list[tuple[object, bool]] = []
+    params, had = SamplingParams(), ResumedChoice((3,), finished=True)
+    for skip in (True, False):
+        made = RunningChoice(7, params, TextRules((), skip), Asked(), had, prompt=[1, 2])
+    assert asked == [([1, 2], True), ([1, 2], False)]
+    assert (made.index, made.params, made.already_finished) == (7, params, True)
+    assert made.finish == ChoiceFinish(EndReason.ABORT), "for a reason that tokens do not show"
 
 
 def test_an_output_is_true_if_it_has_anything_to_send() -> None:
@@ -329,7 +395,8 @@ def test_a_resumed_choice_ends_at_the_end_of_sequence(
 ) -> None:
     params = SamplingParams(max_tokens=9, min_tokens=min_tokens, ignore_eos=ignore_eos)
     had = ResumedChoice((*ABCD[:2], EOS))
-    made = RunningChoice(0, params, TextRules(), CODEC, had, grammar=grammar)
+    given: Any = {"grammar": True} if grammar else {}
+    made = RunningChoice(0, params, TextRules(), CODEC, had, **given)
     assert made.finish == (ChoiceFinish(EndReason.STOP, stop_token_id=EOS) if ends else None)
 
 
