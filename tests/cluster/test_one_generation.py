@@ -6,7 +6,7 @@ import asyncio
 import gc
 import logging
 import weakref
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -15,7 +15,10 @@ import pytest
 
 from kvmesh.cluster.errors import EngineLostError, RequestDeadlineError, RequestFaultError
 from kvmesh.cluster.ingress import generation
+from kvmesh.cluster.ingress.answers.call_ids import call_id
 from kvmesh.cluster.ingress.answers.plan import NO_PLAN, AnswerPlan
+from kvmesh.cluster.ingress.answers.reader import AnswerForm
+from kvmesh.cluster.ingress.answers.syntaxes import SYNTAXES
 from kvmesh.cluster.ingress.attempt import Attempt
 from kvmesh.cluster.ingress.choice import choice_seed
 from kvmesh.cluster.ingress.engine_links import Receiver
@@ -51,15 +54,27 @@ from kvmesh.workers.request import (
     EndReason,
     PinTerms,
     PrefillProgress,
+    SampledLogprobs,
     SequenceDelta,
     SequenceUsage,
+    TokenIds,
 )
 from kvmesh.workers.sampling_params import SamplingParams
-from tests.cluster.machine import PATIENCE_S, TENANT, LetterCodec, SeenMeters
+from tests.cluster.answers.test_choices import CharacterCodec
+from tests.cluster.machine import (
+    PATIENCE_S,
+    TENANT,
+    LetterCodec,
+    LetterStream,
+    SeenMeters,
+    text_of,
+)
 from tests.routing.groups import make_info
+from tests.workers.memory_executor import EOS
 
 PROMPT = [3, 14, 15, 9, 26]
 QUEUE_TIMEOUT_S = 100.0
+SILENCE_S = 1000.0
 
 
 class Notes:
@@ -150,6 +165,8 @@ class Alone:
         prompt_logprobs: int | None = None,
         pin_s: float | None = None,
         plan: AnswerPlan = NO_PLAN,
+        codec: LetterCodec | None = None,
+        skip_special_tokens: bool = True,
     ) -> None:
         self.now = 1000.0
         self.around = Surroundings()
@@ -163,7 +180,7 @@ class Alone:
             prompt="",
             params=params,
             n=n,
-            rules=TextRules(stop),
+            rules=TextRules(stop, skip_special_tokens),
             priority=4,
             timeout_s=timeout_s,
             cache_salt="salt",
@@ -172,8 +189,8 @@ class Alone:
         )
         around: Any = self.around
         context = IngressContext(
-            around, around, LetterCodec(), QUEUE_TIMEOUT_S, IngressMeters(self.meters, [TENANT]),
-            clock=lambda: self.now, silence_s=1000.0,
+            around, around, codec or LetterCodec(), QUEUE_TIMEOUT_S,
+            IngressMeters(self.meters, [TENANT]), clock=lambda: self.now, silence_s=SILENCE_S,
         )  # fmt: skip
         request = PreparedRequest(
             spec=spec,
@@ -267,6 +284,7 @@ async def test_the_router_and_the_engine_hear_what_the_request_is() -> None:
     task = alone.read()
     placed = alone.place()
     sent = await alone.submitted()
+    assert f"generate {TENANT}/r" in {task.get_name() for task in asyncio.all_tasks()}
     (asked,) = alone.around.asked
     assert asked == PlaceRequest(
         f"{TENANT}/r",
@@ -285,6 +303,9 @@ async def test_the_router_and_the_engine_hear_what_the_request_is() -> None:
     assert [x.request_id for x in sent.sequences] == ["l1.0", "l1.1"]
     assert [x.params.seed for x in sent.sequences] == [7, choice_seed(7, 1)]
     assert [x.output for x in sent.sequences] == [b"", b""]
+    assert [x.scored for x in sent.sequences] == [0, 0]
+    assert (sent.constraint, sent.pin) == (None, None)
+    assert alone.generation._output.queue._silence_s == SILENCE_S
     assert (sent.timeout_s, sent.suspicion, sent.cache_salt) == (
         30.0,
         0,
@@ -320,6 +341,66 @@ async def test_the_engine_hears_what_is_asked_of_the_answer_and_of_the_prompt() 
     await over(task)
     assert alone.kinds()[:3] == ["started", "prompt_logprobs", "delta"]
     assert alone.received[1].prompt_logprobs.chosen_token_ids == PROMPT[-1:]
+
+
+class WatchedCodec(LetterCodec):
+    """Keeps after which prompts it has to decode; the last token of PROMPT is special."""
+
+    def __init__(self) -> None:
+        self.prompts: list[list[int]] = []
+
+    def special_text(self, token_id: int) -> str:
+        return "<s>" if token_id == PROMPT[-1] else ""
+
+    def stream(self, prompt: Sequence[int] | TokenIds, skip_special_tokens: bool) -> LetterStream:
+        self.prompts.append(list(prompt))
+        return LetterStream()
+
+
+@pytest.mark.parametrize(("skip", "shown"), [(True, b""), (False, text_of(PROMPT[-1:]).encode())])
+async def test_tokens_are_decoded_as_the_request_says(skip: bool, shown: bytes) -> None:
+    codec, had = WatchedCodec(), Resume("r", (ResumedChoice(),), scores=3)
+    alone = Alone(codec=codec, skip_special_tokens=skip, prompt_logprobs=0, resume=had)
+    task = alone.read()
+    alone.place()
+    await alone.submitted()
+    score = np.array([-1.5], np.float32).tobytes()
+    alone.deliver("l1.0", scores=TokenScores(score, b"", b""))
+    found = (SampledLogprobs(-1.0, ()),)
+    alone.deliver("l1.0", 5, end=EndReason.LENGTH, logprobs=found)
+    await over(task)
+    assert alone.kinds() == ["started", "prompt_logprobs", "delta", "choice_finished", "usage"]
+    assert alone.received[1].prompt_logprobs.chosen_bytes == [shown]
+    assert alone.received[2].delta.logprobs.chosen_bytes == [b"F"]
+    assert codec.prompts == [PROMPT]
+
+
+async def test_a_tool_call_has_the_id_that_it_has_on_every_ingress() -> None:
+    syntax = SYNTAXES["mistral"]
+    plan = AnswerPlan(AnswerForm(None, syntax, ["f"]))
+    alone = Alone(max_tokens=99, plan=plan, codec=CharacterCodec())
+    task = alone.read()
+    alone.place()
+    await alone.submitted()
+    tokens = map(ord, '[TOOL_CALLS][{"name": "f", "arguments": {}}]')
+    alone.deliver("l1.0", *tokens, end=EndReason.STOP)
+    await over(task)
+    (call,) = alone.received[1].delta.tool_calls
+    assert (call.id, call.name) == (call_id(f"{TENANT}/r", syntax, 0, 0), "f")
+
+
+@pytest.mark.parametrize(("grammar", "left"), [("start: /F/", 0), ("", 1)])
+async def test_only_a_grammar_decides_where_an_output_ends(grammar: str, left: int) -> None:
+    """Here the request ignores the end of sequence, which its client already has."""
+    had = resumed(ResumedChoice((5, EOS), 1))
+    alone = Alone(resume=had, plan=AnswerPlan(constraint=OutputConstraint(grammar)))
+    task = alone.read()
+    alone.place()
+    await alone.until(lambda: task.done() or not alone.around.submitted.empty())
+    assert alone.around.submitted.qsize() == left
+    if left:
+        alone.deliver("l1.0", 5, end=EndReason.LENGTH)
+    await over(task)
 
 
 async def test_the_client_hears_where_its_request_is() -> None:
