@@ -451,21 +451,27 @@ async def test_the_client_hears_where_its_request_is() -> None:
     assert (alone.usage.group, alone.usage.kv_format) == ("g0", "int4")
 
 
-async def test_the_log_says_which_request_lost_what(caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_log_says_which_request_lost_what(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "REFUSAL_PAUSE_S", 0.0)
     alone = Alone()
     task = alone.read()
-    for _ in range(2):
+    for _ in range(3):
         alone.place()
     await alone.submitted()
     alone.attempt.lose()
     await alone.submitted()
-    alone.deliver("l2.0", end=EndReason.FAULT)
+    alone.attempt.reject(PoolCapacityError("full", 1, 0, retryable=True))
+    await alone.submitted()
+    alone.deliver("l3.0", end=EndReason.FAULT)
     with pytest.raises(RequestFaultError):
         await over(task)
     found = [(x.levelname, x.getMessage(), about_of(x)) for x in caplog.records]
     whose = {"tenant": TENANT, "request_id": "r", "group": "g0"}
     assert found == [
         ("WARNING", f"request {TENANT}/r lost group g0", whose),
+        ("WARNING", f"{TENANT}/r was refused by its group: full", whose),
         ("ERROR", f"request {TENANT}/r is not tried again: it failed", whose),
     ]
 
@@ -540,6 +546,8 @@ async def test_a_request_with_nothing_left_to_compute_gives_its_place_back() -> 
     assert alone.kinds() == ["started", "delta", "choice_finished", "usage"]
     assert alone.around.given_back == ["released"]
     assert alone.around.submitted.empty()
+    (asked,) = alone.around.asked
+    assert (asked.max_tokens, asked.sequences) == (1, 1), "no request may ask for less"
 
 
 async def test_a_stop_string_ends_its_own_sequence_alone() -> None:
@@ -792,7 +800,7 @@ async def test_an_engine_that_misses_a_deadline_is_not_waited_for(
     await alone.until(lambda: len(alone.around.asked) == 1)
     alone.now += 10.0  # before it has a place
     alone.place()
-    await alone.submitted()
+    assert (await alone.submitted()).timeout_s == 1e-3, "an engine needs some"
     if tokens:
         alone.deliver("l1.0", *tokens)
         await over(task)
