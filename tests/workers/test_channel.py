@@ -354,7 +354,7 @@ def test_an_answer_of_another_kind_is_a_failure() -> None:
     executor = ChannelExecutor(1)
     end = RankEnd(executor.endpoints[0])
     end.send(Allocated())
-    with pytest.raises(WorkerDiedError, match="rank 0 must answer with RankDescription"):
+    with pytest.raises(WorkerDiedError, match="must answer with RankDescription, got Allocated"):
         executor.describe()
     executor.close()
     end.close()
