@@ -616,18 +616,18 @@ async def test_a_trace_has_the_phases_of_every_placement() -> None:
     alone.deliver("l2.0", 7)
     alone.deliver("l2.0", end=EndReason.LENGTH)
     await over(task)
-    begun = ("prefill", {"group": "g0", "kv_format": "int4"})
+    prefill = ("prefill", {"group": "g0", "kv_format": "int4"})
     assert alone.notes.all == [
         ("place", {"prompt_tokens": len(PROMPT)}),
         ("queue", {}),
         ("waiting", {"position": 1}),
         ("waiting", {"position": 0}),
-        begun,
+        prefill,
         ("prefilling", {"computed_tokens": 2}),
         ("decode", {}),
         ("engine lost", {"cause": "suspect"}),
         ("place", {"prompt_tokens": len(PROMPT) + 2}),
-        begun,
+        prefill,
         ("decode", {}),
         ("finish", {"usage": alone.usage, "reasons": ["length"]}),
     ]

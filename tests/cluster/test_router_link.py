@@ -239,7 +239,7 @@ async def test_a_question_reaches_the_router_and_its_answer_who_asked(
         await asyncio.wait_for(failed, PATIENCE_S)
 
 
-async def test_who_does_not_care_about_its_turn_need_not_hear_of_it() -> None:
+async def test_a_place_can_be_waited_for_without_news() -> None:
     link, _ = linked()
 
     async def place() -> Placed:

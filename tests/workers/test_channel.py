@@ -141,7 +141,7 @@ def test_masks_follow_their_plan_to_the_rank_that_samples() -> None:
 
 
 @pytest.mark.parametrize(("device", "flushes"), [("cpu", 0), ("cuda", 1)])
-def test_ranks_that_run_ahead_are_told_that_no_step_follows(device: str, flushes: int) -> None:
+def test_ranks_that_run_ahead_hear_that_no_step_follows(device: str, flushes: int) -> None:
     executor = ChannelExecutor(2)
     ends = [RankEnd(endpoint) for endpoint in executor.endpoints]
     for end in ends:
@@ -433,22 +433,22 @@ def test_the_sockets_are_in_a_private_directory_that_close_removes() -> None:
 
 
 class ClosedSocket:
-    """Keeps what it was told. full: nobody reads what is sent"""
+    """Keeps what was done with it. full: nobody reads what is sent"""
 
     def __init__(self, full: bool) -> None:
         self._full = full
-        self.told: list[object] = []
+        self.done: list[object] = []
 
     def send(self, data: bytes, flags: int) -> None:
         if self._full:
             raise zmq.Again
-        self.told += [msgspec.msgpack.decode(data, type=Close), flags]
+        self.done += [msgspec.msgpack.decode(data, type=Close), flags]
 
     def close(self, linger: int) -> None:
-        self.told.append(linger)
+        self.done.append(linger)
 
 
-def test_whoever_ends_leaves_its_last_words_a_second_to_arrive(
+def test_the_last_messages_have_a_second_to_arrive(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     executor = ChannelExecutor(1)
@@ -461,7 +461,7 @@ def test_whoever_ends_leaves_its_last_words_a_second_to_arrive(
     sockets = [ClosedSocket(full=True), ClosedSocket(full=False)]
     monkeypatch.setattr(executor, "_sockets", sockets)
     executor.close()
-    assert [x.told for x in sockets] == [[1000], [Close(), zmq.DONTWAIT, 1000]]
+    assert [x.done for x in sockets] == [[1000], [Close(), zmq.DONTWAIT, 1000]]
 
 
 def test_an_executor_whose_directory_is_gone_can_be_closed() -> None:
