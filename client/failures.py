@@ -202,7 +202,7 @@ class RetryState:
     def _max_backoff_s(self, now: float, give_up_at: float | None) -> float:
         """Grows with every failure. At the end it shrinks, so that there is a late attempt."""
         initial_s = self.policy.initial_backoff_s
-        doublings = min(self.failures - 1, 60)  # an outage may be long, a float has a limit
+        doublings = min(self.failures - 1, 1023)  # an outage may be long, and 2.0**1024 is no float
         backoff_s = min(self.policy.max_backoff_s, initial_s * 2.0**doublings)
         if give_up_at is None:
             return backoff_s

@@ -116,14 +116,17 @@ TARGETS = {
     "queue": Target("cluster/routing/queue.py", ROUTING),
     "placement": Target("cluster/routing/placement.py", ROUTING),
     "admission": Target("cluster/routing/admission.py", ROUTING),
-    "choice": _ingress("choice", "choice", "stop_strings", "generation"),
+    "choice": Target(
+        "cluster/ingress/choice.py",
+        ("tests/cluster/test_choice.py", "tests/cluster/answers/test_choices.py"),
+    ),
     "engine_links": _ingress("engine_links", "engine_links", "generation"),
-    "generation": _ingress("generation", "one_generation", "generation", "leases", "stream_status"),
+    "generation": _ingress("generation", "one_generation"),
     "validate": _ingress("validate", "validate"),
     "router_link": _ingress("router_link", "router_link"),
-    "failovers": _ingress("failovers", "one_generation"),
-    "attempt": _ingress("attempt", "one_generation", "generation", "leases"),
-    "client_flows": _client("flows", "streams", "retries"),
+    "failovers": _ingress("failovers", "failovers"),
+    "attempt": _ingress("attempt", "one_generation"),
+    "client_flows": _client("flows", "retries", "cursor", "streams"),
     "client_failures": _client("failures", "errors", "retries"),
     "stream_state": _client(
         "stream_state", "stream_state", "streams", "cursor", "answers", "iteration"
@@ -170,6 +173,7 @@ source_paths = ["kvmesh/{target.path}"]
 also_copy = ["kvmesh"]
 pytest_add_cli_args = {[*arguments, "not (ray or slow)"]}
 pytest_add_cli_args_test_selection = {[*target.tests]}
+timeout_multiplier = 5.0
 """
 
 

@@ -43,7 +43,6 @@ class Attempt:
         self._trace = trace
         self._prefilling = True
         self._live = set(self.sequences)
-        self._link: EngineLink | None = None
         self._end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._failure: Exception | None = None
 
@@ -53,7 +52,7 @@ class Attempt:
         Raises EngineLostError, RequestFaultError, TimeoutError, and the engine's reason if it
         rejects them. What still runs is ended.
         """
-        self._link = link
+        self._link: EngineLink = link
         link.submit(message, self)
         self._held.submitted = True
         try:
@@ -65,11 +64,11 @@ class Attempt:
             raise self._failure
 
     def end(self, choices: Sequence[RunningChoice]) -> None:
-        """Their texts have ended these choices: end their sequences."""
+        """The texts of their output have ended these choices: end their sequences."""
         if not choices:
             return
         names = [name for name in self._live if self.sequences[name] in choices]
-        if names and self._link is not None:
+        if names:
             self._link.end(names, EndReason.STOP)
 
     # Receiver

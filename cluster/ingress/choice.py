@@ -85,7 +85,6 @@ class RunningChoice:
         self._stops = StopStrings(rules.stop)
         self._markers = form.markers
         self._reader = AnswerReader(form) if form else None
-        self._owed = Pieces()
         self.already_finished = resumed.finished
         self._replay(resumed)
 

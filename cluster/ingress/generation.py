@@ -107,7 +107,6 @@ class Generation:
         )
         self._attempt: Attempt | None = None  # the latest
         self._failovers = Failovers()
-        self._queued = False  # since it asked for a place
 
     async def events(self) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
         """The replies, in the contract's order; closing the generator ends the request.
@@ -115,14 +114,8 @@ class Generation:
         Raises the errors of the table in error_table.py.
         """
         queue = self._output.queue
-
-        def note_over(task: asyncio.Task[None]) -> None:
-            if not task.cancelled():
-                task.exception()  # retrieved, even if the reader has left meanwhile
-            queue.wake()
-
         task = asyncio.create_task(self._run(), name=f"generate {self._request.key}")
-        task.add_done_callback(note_over)
+        task.add_done_callback(lambda _: queue.wake())
         queue.open()
         try:
             over = False
@@ -136,7 +129,8 @@ class Generation:
                     yield event
             task.result()
         finally:
-            task.cancel()
+            if not task.cancel() and not task.cancelled():
+                task.exception()  # retrieved, even if the reader has left meanwhile
             queue.close()
 
     # The request's task
@@ -187,7 +181,7 @@ class Generation:
         while True:
             request = self._place_request()
             self._trace.phase("place", prompt_tokens=request.prompt_tokens)
-            self._queued = False
+            self._queued = False  # since it asked for a place
             self._status.queued()
             try:
                 async with self._context.router.place(request, self._note_waiting) as held:
@@ -317,7 +311,8 @@ class Generation:
         return max(self._deadline_s - self._context.clock(), 1e-3)
 
     def _log(self) -> dict[str, str]:
-        return about(self._request.key, self._attempt.placed.group if self._attempt else "")
+        assert self._attempt is not None  # there is nothing to log before
+        return about(self._request.key, self._attempt.placed.group)
 
 
 def _choices(request: PreparedRequest, codec: TextCodec) -> list[RunningChoice]:

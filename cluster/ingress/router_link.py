@@ -162,7 +162,7 @@ class RouterLink:
         """A future of the answer; cancelling it forgets the call."""
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._open[message.call] = _Call(message, answer, on_waiting)
-        answer.add_done_callback(lambda _: self._open.pop(message.call, None))
+        answer.add_done_callback(lambda _: self._open.pop(message.call))
         self._send(message)
         return answer
 

@@ -136,7 +136,7 @@ def sampling_params(
     limits: Limits,
     defaults: DefaultSampling,
     *,
-    output_optional: bool = False,
+    output_optional: bool,
 ) -> SamplingParams:
     """The wire's parameters with defaults, and with a random seed if none is given.
 

@@ -18,7 +18,7 @@ import kvmesh
 from kvmesh import Client, KVMeshError, RetryPolicy
 from kvmesh.client import errors
 from kvmesh.client.failures import error_of
-from kvmesh.client.status import MAX_ERROR_BYTES, decode, encode
+from kvmesh.client.status import MAX_ERROR_BYTES, TRAILER, decode, encode
 from kvmesh.client.transport import RpcFailure
 from kvmesh.protos import pb, pb_grpc
 from tests.client.servicer import ScriptedServicer, aborting, failing, serving
@@ -254,3 +254,58 @@ def test_why_there_is_no_connection_is_said_in_plain_words(details: str, message
 def test_a_proxy_without_the_route_is_no_model_that_is_not_found() -> None:
     error = error_of(RpcFailure("NOT_FOUND", "no route"))
     assert type(error) is errors.ServerError and error.code == "NOT_FOUND"
+
+
+def answered(error: pb.Error) -> RpcFailure:
+    """A failed attempt, as a server ends it."""
+    sentence, trailer = encode(error)
+    code = next(code.name for code in grpc.StatusCode if code.value[0] == error.code)
+    return RpcFailure(code, sentence, (("x-proxy", "text"), (TRAILER, "text"), (TRAILER, trailer)))
+
+
+@pytest.mark.parametrize(
+    ("code", "sentence", "expected"),
+    [
+        ("UNAVAILABLE", "the handshake of rank 1 failed", errors.UnavailableError),
+        ("INTERNAL", "rank 1 ended with Socket closed", errors.ServerError),
+        ("UNKNOWN", "rank 1 ended with Broken pipe", errors.ServerError),
+        ("NOT_FOUND", "there is no model m", errors.ModelNotFoundError),
+        ("RESOURCE_EXHAUSTED", "no room for 9 bytes", errors.OverCapacityError),
+    ],
+)
+def test_what_our_server_says_is_kept_and_what_it_leaves_out_is_empty(
+    code: str, sentence: str, expected: type[KVMeshError]
+) -> None:
+    detail = pb.Error(code=grpc.StatusCode[code].value[0], message=sentence)
+    error = error_of(answered(detail))
+    assert (type(error), error.message, error.code) == (expected, sentence, code)
+    assert (error.reason, error.request_id, error.violations, error.groups) == (None, "", (), ())
+    assert (error.retry_after_s, error.needed_bytes, error.available_bytes) == (None, None, None)
+    detail.retry_after_s = detail.needed_bytes = detail.available_bytes = 0
+    error = error_of(answered(detail))
+    assert (error.retry_after_s, error.needed_bytes, error.available_bytes) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("code", ["INTERNAL", "UNKNOWN"])
+def test_a_connection_that_breaks_makes_the_server_unavailable(code: str) -> None:
+    details = "Received RST_STREAM with error code 2"
+    error = error_of(RpcFailure(code, details))
+    assert (type(error), error.code) == (errors.UnavailableError, code)
+    assert error.message == f"the connection was lost ({details})"
+    error = error_of(RpcFailure(code, "KeyError in a proxy"))
+    assert (type(error), error.message) == (errors.ServerError, "KeyError in a proxy")
+
+
+def test_a_status_without_words_has_a_message() -> None:
+    assert error_of(RpcFailure("ABORTED", "")).message == "the call failed with ABORTED"
+
+
+def test_only_an_exhausted_server_has_found_a_request_too_large() -> None:
+    details = "Received message larger than max (2000 vs. 1000)"
+    error = error_of(RpcFailure("RESOURCE_EXHAUSTED", details))
+    assert type(error) is errors.InvalidRequestError
+    assert error.message == "prompt: larger than the server accepts; shorten it"
+    assert error.violations == (
+        errors.FieldViolation("prompt", "larger than the server accepts; shorten it"),
+    )
+    assert type(error_of(RpcFailure("ABORTED", details))) is errors.ServerError

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import random
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -31,11 +32,15 @@ from kvmesh import (
     Tokens,
     UnavailableError,
 )
-from kvmesh.client.failures import RetryState, error_of
+from kvmesh.client.failures import Contact, RetryState, error_of
+from kvmesh.client.flows import GRACE_S
 from kvmesh.client.transport import RpcFailure
 from kvmesh.protos import pb
 from tests.client.servicer import ScriptedServicer, answering, far_away, reserved_port, serving
 from tests.exercised import Exercised
+
+# Without jitter, each wait is as long as the server asks for.
+NO_JITTER = RetryPolicy(initial_backoff_s=0.0)
 
 
 def clients() -> tuple[FakeTransport, Client]:
@@ -131,13 +136,54 @@ def test_no_wait_extends_past_the_timeout() -> None:
     assert timeouts[1] == pytest.approx(20.0 - fake.server.slept_s)
 
 
+def limits_of(fake: FakeTransport) -> list[float | None]:
+    """The limits of attempts, as the transport will be given them."""
+    limits: list[float | None] = []
+    unary, stream = fake.unary, fake.stream
+
+    def timed_unary(method: Any, request: Any, timeout_s: float | None, metadata: Any) -> Any:
+        limits.append(timeout_s)
+        return unary(method, request, timeout_s, metadata)
+
+    def timed_stream(request: Any, timeout_s: float | None, metadata: Any) -> Any:
+        limits.append(timeout_s)
+        return stream(request, timeout_s, metadata)
+
+    fake.unary, fake.stream = timed_unary, timed_stream  # type: ignore[method-assign]
+    return limits
+
+
+@pytest.mark.parametrize(
+    ("call", "grace_s"),
+    [
+        (lambda client, timeout_s: client.generate("hi", timeout_s=timeout_s), GRACE_S),
+        (lambda client, timeout_s: [*client.generate_stream("hi", timeout_s=timeout_s)], GRACE_S),
+        (lambda client, timeout_s: client.tokenize("hi", timeout_s=timeout_s), 0.0),
+    ],
+    ids=["generate", "generate_stream", "tokenize"],
+)
+def test_an_attempt_may_take_what_is_left_and_a_grace_if_the_server_ends_it(
+    call: Callable[[Client, float | None], object], grace_s: float
+) -> None:
+    fake = FakeTransport(["yes"])
+    client = Client(transport=fake, retry=NO_JITTER)
+    limits = limits_of(fake)
+    fake.server.fail(OverCapacityError("full", retry_after_s=12.0))
+    call(client, 20.0)
+    call(client, None)
+    assert limits == [20.0 + grace_s, 8.0 + grace_s, None]
+    if grace_s:
+        sent = [request.timeout_s for request in fake.server.requests]
+        assert sent == [20.0, 8.0, 0.0], "the server ends it without a grace"
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_an_expired_timeout_makes_no_call(streaming: bool) -> None:
-    """Here the wait takes longer than it was meant to."""
+    """Here the wait takes longer than it was meant to, until the very end."""
     fake, client = clients()
-    fake.sleep = lambda seconds: fake.server.sleep(seconds + 30.0)  # type: ignore[method-assign]
+    fake.sleep = lambda seconds: fake.server.sleep(20.0)  # type: ignore[method-assign]
     fake.server.fail(UnavailableError("gone"))
-    with pytest.raises(DeadlineExceededError):
+    with pytest.raises(DeadlineExceededError, match="timeout_s expired before the call"):
         if streaming:
             list(client.generate_stream("hi", timeout_s=20.0))
         else:
@@ -178,9 +224,7 @@ async def test_the_async_client_retries_too() -> None:
 
 
 GONE = UnavailableError("gone")
-# Without jitter, each wait is as long as the server asks for.
 GONE_FOR_3_S = UnavailableError("gone", retry_after_s=3.0)
-NO_JITTER = RetryPolicy(initial_backoff_s=0.0)
 
 
 def known_server(**retry: float) -> tuple[FakeTransport, Client]:
@@ -287,6 +331,49 @@ def test_one_attempt_is_one_attempt_for_a_known_server_too() -> None:
     assert len(fake.server.requests) == 2
 
 
+class WithoutLuck(random.Random):
+    def uniform(self, a: float, b: float) -> float:
+        assert a == 0
+        return b
+
+
+def test_back_off_doubles_up_to_its_maximum_and_starts_again_after_progress() -> None:
+    policy = RetryPolicy(max_attempts=9, initial_backoff_s=0.5, max_backoff_s=3.0)
+    state = RetryState(policy, WithoutLuck())
+    failure = RpcFailure("RESOURCE_EXHAUSTED", "full")
+    waits_s = [state.delay_s(failure, error_of(failure), 0.0) for _ in range(5)]
+    assert waits_s == [0.5, 1.0, 2.0, 3.0, 3.0]
+    state.progress()
+    assert state.delay_s(failure, error_of(failure), 0.0) == 0.5
+
+
+def test_back_off_is_added_to_what_the_server_asks_for() -> None:
+    state = RetryState(RetryPolicy(initial_backoff_s=0.5), WithoutLuck())
+    error = OverCapacityError("full", retry_after_s=12.0)
+    assert state.delay_s(RpcFailure("RESOURCE_EXHAUSTED", "full"), error, 0.0) == 12.5
+
+
+def test_waits_near_the_deadline_are_half_of_what_is_left() -> None:
+    policy = RetryPolicy(max_attempts=99, initial_backoff_s=0.5, max_backoff_s=100.0)
+    state = RetryState(policy, WithoutLuck(), deadline=20.0)
+    failure = RpcFailure("RESOURCE_EXHAUSTED", "full")
+    waits_s = [
+        state.delay_s(failure, error_of(failure), now)
+        for now in (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 18.0, 19.25, 19.5)
+    ]
+    assert waits_s == [0.5, 1.0, 2.0, 4.0, 8.0, 10.0, 1.0, 0.5, None]
+
+
+@pytest.mark.parametrize(("known", "limit_s"), [(True, 50.0), (False, 40.0)])
+def test_an_outage_is_waited_for_until_its_limit(known: bool, limit_s: float) -> None:
+    policy = RetryPolicy(max_attempts=2, max_connect_s=40.0, max_outage_s=50.0)
+    state = RetryState(policy, WithoutLuck(), Contact(known))
+    failure = RpcFailure("UNAVAILABLE", "")
+    since_s = (0.0, 10.0, 20.0, limit_s - 0.1, limit_s)
+    waits_s = [state.delay_s(failure, error_of(failure), 1000.0 + s) for s in since_s]
+    assert [wait_s is None for wait_s in waits_s] == [False] * 4 + [True]
+
+
 BACKED_OFF = Exercised("back-off", {"waits": 500, "waits at the maximum": 50})
 
 
@@ -362,6 +449,15 @@ def test_a_server_that_has_never_answered_is_not_waited_for_long(timeout_s: floa
         Client(transport=fake).generate("hi", timeout_s=timeout_s)
     limit_s = RetryPolicy().max_connect_s
     assert limit_s - 1.0 <= fake.server.slept_s <= limit_s + 1.0
+
+
+def test_a_server_that_has_sent_a_part_of_a_stream_has_answered() -> None:
+    fake = FakeTransport(["a b"])
+    fake.server.fail(GONE_FOR_3_S, after_tokens=1)
+    fake.server.fail(GONE_FOR_3_S, times=20)
+    stream = Client(transport=fake, retry=NO_JITTER).generate_stream("hi")
+    assert [delta.text for delta in stream] == ["a", " b", ""]
+    assert fake.server.slept_s == 63.0 > RetryPolicy().max_connect_s
 
 
 def test_a_server_that_says_that_it_is_not_ready_has_answered() -> None:

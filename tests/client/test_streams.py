@@ -14,6 +14,7 @@ import grpc
 import pytest
 
 from kvmesh import (
+    NO_RETRY,
     AsyncClient,
     AsyncFakeTransport,
     Client,
@@ -299,6 +300,16 @@ def test_a_stream_without_progress_gives_up(asynchronous: bool) -> None:
     with serving(servicer) as target, pytest.raises(UnavailableError):
         collect(target, asynchronous)
     assert len(servicer.requests) == EAGER.max_attempts
+
+
+def test_a_stream_that_ends_without_usage_is_lost() -> None:
+    servicer = ScriptedServicer(events(delta(0, "a", 1)))
+    with (
+        serving(servicer) as target,
+        Client(target, retry=NO_RETRY) as client,
+        pytest.raises(UnavailableError, match="the stream ended early, without usage"),
+    ):
+        list(client.generate_stream("hi"))
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

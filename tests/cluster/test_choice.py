@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
+from kvmesh.cluster.errors import ResumeMismatchError
 from kvmesh.cluster.ingress import wire
-from kvmesh.cluster.ingress.choice import ChoiceFinish, RunningChoice
+from kvmesh.cluster.ingress.answers.pieces import CallPiece
+from kvmesh.cluster.ingress.choice import (
+    ChoiceFinish,
+    ChoiceOutput,
+    RunningChoice,
+    choice_seed,
+)
 from kvmesh.cluster.ingress.resume import ResumedChoice
 from kvmesh.cluster.ingress.validate import TextRules
 from kvmesh.workers.request import EndReason, SampledLogprobs, SequenceDelta, TokenIds
 from kvmesh.workers.sampling_params import SamplingParams
 from tests.cluster.machine import LetterCodec, LetterStream, text_of
+from tests.workers.memory_executor import EOS
 
 CODEC = LetterCodec()
 ABCD = CODEC.encode("abcd").tolist()
@@ -123,6 +132,12 @@ def ended(tokens: str, pieces: int = 1, **rules: object) -> tuple[str, object, i
         ("abZcd", {"stop": ("bc",)}, ("a", "bc", 4)),
         ("abZZcd", {"stop": ("bck", "bcd")}, ("a", "bcd", 6)),
         ("abZcd", {"stop": ("bc",), "skip_special_tokens": False}, ("ab<|end|>cd", None, 5)),
+        ("abZcd", {"stop": ("><",), "skip_special_tokens": False}, ("ab<|end|>cd", None, 5)),
+        (
+            "abZcd",
+            {"stop": ("end|>",), "skip_special_tokens": False, "include_stop": True},
+            ("ab<|end|>", "end|>", 3),
+        ),
         # Without a match, everything that is shown, and nothing else.
         ("abZcd", {"stop": ("bZ", "<|end|>k")}, ("abcd", None, 5)),
         ("abZ", {"stop": ("<|end|>k",)}, ("ab", None, 3)),
@@ -185,6 +200,30 @@ def test_a_stop_token_is_in_the_text_if_stops_are_included(include: bool, text: 
     found = made.accept([SequenceDelta("r", tuple(ids[:2])), end]).text
     assert found == text
     assert made.finish == ChoiceFinish(EndReason.STOP, stop_token_id=ids[2])
+    again = RunningChoice(
+        0, params, TextRules(include_stop=include), codec, ResumedChoice(tuple(ids))
+    )
+    assert (again.owed().text, again.finish) == (text, made.finish)
+    # It ends by its token, and not by a stop string that is complete with its text.
+    rules = TextRules(("bS",), include_stop=include)
+    either = RunningChoice(0, params, rules, codec, ResumedChoice())
+    assert either.accept([SequenceDelta("r", tuple(ids[:2])), end]).text == text
+    assert either.finish == made.finish
+
+
+@pytest.mark.parametrize(
+    ("resumed", "message"),
+    [
+        (ResumedChoice((*ABCD, ABCD[0])), "the resumed output ends at token 4, but it has 5"),
+        (ResumedChoice((*ABCD[:2],), 3), "decode to 2 characters, but the client has"),
+    ],
+)
+def test_a_client_that_cannot_have_what_it_says_is_refused(
+    resumed: ResumedChoice, message: str
+) -> None:
+    params = SamplingParams(max_tokens=4)
+    with pytest.raises(ResumeMismatchError, match=message):
+        RunningChoice(0, params, TextRules(), CODEC, resumed)
 
 
 @pytest.mark.parametrize(("skip", "name"), [(True, b""), (False, b"<|end|>")])
@@ -283,3 +322,87 @@ def test_at_the_end_nothing_is_held_back(reason: EndReason, stops: tuple[str, ..
     assert again.owed().text == "bcd"
     assert again.owed().text == "", "it is owed once"
     assert again.finish == ChoiceFinish(EndReason.LENGTH)
+
+
+def test_a_stop_string_may_be_complete_only_at_the_end() -> None:
+    made = RunningChoice(
+        0, SamplingParams(max_tokens=4), TextRules(("d",)), HoldingCodec(), ResumedChoice()
+    )
+    end = SequenceDelta("r", tuple(ABCD), finish_reason=EndReason.LENGTH)
+    assert made.accept([end]).text == "abc"
+    assert made.finish == ChoiceFinish(EndReason.STOP, stop_string="d")
+
+
+def test_an_output_says_which_tokens_it_has_and_where_they_begin() -> None:
+    made = choice(resumed=2)
+    assert made.owed() == ChoiceOutput(2, (), "b", ())
+    scores = tuple(SampledLogprobs(-float(token), ()) for token in ABCD[2:])
+    deltas = [SequenceDelta("r", tuple(ABCD[2:]), scores), SequenceDelta("r", (ABCD[0],))]
+    assert made.accept(deltas) == ChoiceOutput(2, (*ABCD[2:], ABCD[0]), "cda", scores)
+    assert made.accept([]) == ChoiceOutput(5, (), "", ())
+    assert made.end(EndReason.ABORT) == ChoiceOutput(5, (), "", ())
+
+
+def test_only_a_choice_that_its_text_ends_is_cut() -> None:
+    made = choice(("b",))
+    assert (made.cut, made.already_finished) == (False, False)
+    made.accept([SequenceDelta("r", tuple(ABCD), finish_reason=EndReason.LENGTH)])
+    assert made.cut
+    made = choice(("x",))
+    made.accept([SequenceDelta("r", tuple(ABCD), finish_reason=EndReason.LENGTH)])
+    assert (made.finish, made.cut) == (ChoiceFinish(EndReason.LENGTH), False)
+
+
+def test_text_is_decoded_after_the_prompt_and_as_the_rules_say() -> None:
+    class Asked(LetterCodec):
+        def stream(self, prompt: object, skip_special_tokens: bool) -> LetterStream:
+            asked.append((prompt, skip_special_tokens))
+            return LetterStream()
+
+    asked: list[tuple[object, bool]] = []
+    params, had = SamplingParams(), ResumedChoice((3,), finished=True)
+    for skip in (True, False):
+        made = RunningChoice(7, params, TextRules((), skip), Asked(), had, prompt=[1, 2])
+    assert asked == [([1, 2], True), ([1, 2], False)]
+    assert (made.index, made.params, made.already_finished) == (7, params, True)
+    assert made.finish == ChoiceFinish(EndReason.ABORT), "for a reason that tokens do not show"
+
+
+def test_an_output_is_true_if_it_has_anything_to_send() -> None:
+    assert not ChoiceOutput(5, (), "", ())
+    for part in (
+        ChoiceOutput(0, (3,), "", ()),
+        ChoiceOutput(0, (), "a", ()),
+        ChoiceOutput(0, (), "", (), reasoning="a"),
+        ChoiceOutput(0, (), "", (), calls=(CallPiece(0, "f", ""),)),
+    ):
+        assert part
+
+
+@pytest.mark.parametrize(
+    ("min_tokens", "ignore_eos", "grammar", "ends"),
+    [
+        (3, False, False, True),
+        (4, False, False, False),
+        (3, True, False, False),
+        # Only the grammar knows where an output ends.
+        (4, False, True, True),
+        (3, True, True, True),
+    ],
+)
+def test_a_resumed_choice_ends_at_the_end_of_sequence(
+    min_tokens: int, ignore_eos: bool, grammar: bool, ends: bool
+) -> None:
+    params = SamplingParams(max_tokens=9, min_tokens=min_tokens, ignore_eos=ignore_eos)
+    had = ResumedChoice((*ABCD[:2], EOS))
+    given: Any = {"grammar": True} if grammar else {}
+    made = RunningChoice(0, params, TextRules(), CODEC, had, **given)
+    assert made.finish == (ChoiceFinish(EndReason.STOP, stop_token_id=EOS) if ends else None)
+
+
+def test_seeds_of_choices_are_the_outputs_of_splitmix64() -> None:
+    """As its authors' splitmix64.c prints them for the state 0."""
+    outputs = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F, 0xF88BB8A8724C81EC]
+    assert [choice_seed(0, index) for index in range(5)] == [0, *outputs]
+    golden = 0x9E3779B97F4A7C15
+    assert choice_seed(2**64 - golden, 2) == outputs[0], "its state has 64 bits"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import weakref
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -14,6 +15,10 @@ import pytest
 
 from kvmesh.cluster.errors import EngineLostError, RequestDeadlineError, RequestFaultError
 from kvmesh.cluster.ingress import generation
+from kvmesh.cluster.ingress.answers.call_ids import call_id
+from kvmesh.cluster.ingress.answers.plan import NO_PLAN, AnswerPlan
+from kvmesh.cluster.ingress.answers.reader import AnswerForm
+from kvmesh.cluster.ingress.answers.syntaxes import SYNTAXES
 from kvmesh.cluster.ingress.attempt import Attempt
 from kvmesh.cluster.ingress.choice import choice_seed
 from kvmesh.cluster.ingress.engine_links import Receiver
@@ -41,32 +46,51 @@ from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.cluster.telemetry import table
 from kvmesh.cluster.telemetry.meters import IngressMeters
 from kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.workers.constraint import OutputConstraint
 from kvmesh.workers.errors import PoolCapacityError
 from kvmesh.workers.lease import LeaseTerms
-from kvmesh.workers.request import EndReason, PrefillProgress, SequenceDelta, SequenceUsage
+from kvmesh.workers.plan import TokenScores
+from kvmesh.workers.request import (
+    EndReason,
+    PinTerms,
+    PrefillProgress,
+    SampledLogprobs,
+    SequenceDelta,
+    SequenceUsage,
+    TokenIds,
+)
 from kvmesh.workers.sampling_params import SamplingParams
-from tests.cluster.machine import PATIENCE_S, TENANT, LetterCodec, SeenMeters
+from tests.cluster.answers.test_choices import CharacterCodec
+from tests.cluster.machine import (
+    PATIENCE_S,
+    TENANT,
+    LetterCodec,
+    LetterStream,
+    SeenMeters,
+    text_of,
+)
 from tests.routing.groups import make_info
+from tests.workers.memory_executor import EOS
 
 PROMPT = [3, 14, 15, 9, 26]
 QUEUE_TIMEOUT_S = 100.0
+SILENCE_S = 1000.0
 
 
 class Notes:
-    """A trace that keeps its phases and events."""
+    """A trace that keeps its phases and events, with what they say."""
 
     def __init__(self) -> None:
-        self.phases: list[str] = []
-        self.events: list[str] = []
+        self.all: list[tuple[str, dict[str, object]]] = []
 
     def phase(self, name: str, **attributes: object) -> None:
-        self.phases.append(name)
+        self.all.append((name, attributes))
 
     def event(self, name: str, **attributes: object) -> None:
-        self.events.append(name)
+        self.all.append((name, attributes))
 
     def finish(self, usage: pb.Usage, finish_reasons: list[str]) -> None:
-        self.phases.append(", ".join(finish_reasons))
+        self.all.append(("finish", {"usage": usage, "reasons": finish_reasons}))
 
     def fail(self, reason: str) -> None: ...
 
@@ -82,6 +106,7 @@ class Surroundings:
         self.receiver: Receiver | None = None  # of what was submitted last
         self.forgotten: list[str] = []
         self.ended: list[tuple[list[str], EndReason]] = []
+        self.reached: list[tuple[str, Address]] = []
         self.unreachable = 0  # engines that cannot be connected to
         self.closed = 0  # connections that close before the submission
         self._answers: asyncio.Queue[Placed | Exception] = asyncio.Queue()
@@ -106,6 +131,7 @@ class Surroundings:
             self._answers.put_nowait(answer)
 
     async def get(self, epoch: str, address: Address) -> Surroundings:
+        self.reached.append((epoch, address))
         if self.unreachable:
             self.unreachable -= 1
             raise EngineLostError()
@@ -136,27 +162,35 @@ class Alone:
         resume: Resume | None = None,
         stop: tuple[str, ...] = (),
         max_tokens: int = 20,
+        prompt_logprobs: int | None = None,
+        pin_s: float | None = None,
+        plan: AnswerPlan = NO_PLAN,
+        codec: LetterCodec | None = None,
+        skip_special_tokens: bool = True,
     ) -> None:
         self.now = 1000.0
         self.around = Surroundings()
         self.notes = Notes()
         self.meters = SeenMeters()
-        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, seed=7)
+        params = SamplingParams(
+            max_tokens=max_tokens, ignore_eos=True, seed=7, prompt_logprobs=prompt_logprobs
+        )
         spec = GenerationSpec(
             request_id="r",
             prompt="",
             params=params,
             n=n,
-            rules=TextRules(stop),
+            rules=TextRules(stop, skip_special_tokens),
             priority=4,
             timeout_s=timeout_s,
             cache_salt="salt",
+            pin_s=pin_s,
             resume=resume,
         )
         around: Any = self.around
         context = IngressContext(
-            around, around, LetterCodec(), QUEUE_TIMEOUT_S, IngressMeters(self.meters, [TENANT]),
-            clock=lambda: self.now, silence_s=1000.0,
+            around, around, codec or LetterCodec(), QUEUE_TIMEOUT_S,
+            IngressMeters(self.meters, [TENANT]), clock=lambda: self.now, silence_s=SILENCE_S,
         )  # fmt: skip
         request = PreparedRequest(
             spec=spec,
@@ -165,10 +199,12 @@ class Alone:
             params=params,
             page_hashes=(b"page",),
             excluded_groups=frozenset({"g9"}),
+            plan=plan,
         )
         self.generation = Generation(request, context, self.notes)
         self.stream = self.generation.events()
         self.received: list[pb.GenerateStreamResponse] = []
+        self._reading: asyncio.Task[None] | None = None
         self._placements = 0
 
     def place(self, epoch: str = "e0", queue_s: float = 0.0) -> Placed:
@@ -186,10 +222,12 @@ class Alone:
             async for event in self.stream:
                 self.received.append(event)
 
-        return asyncio.create_task(read())
+        self._reading = asyncio.create_task(read())
+        return self._reading
 
     async def submitted(self) -> Submit:
-        return await asyncio.wait_for(self.around.submitted.get(), PATIENCE_S)
+        await self.until(lambda: not self.around.submitted.empty())
+        return self.around.submitted.get_nowait()
 
     @property
     def attempt(self) -> Attempt:
@@ -203,8 +241,13 @@ class Alone:
             self.attempt.deliver(SequenceDelta(name, tokens, finish_reason=end, **rest))
 
     async def until(self, holds: Callable[[], bool]) -> None:
+        """Raises what the client gets, if that is an error."""
         async with asyncio.timeout(PATIENCE_S):
             while not holds():
+                reading = self._reading
+                if reading is not None and reading.done() and not reading.cancelled():
+                    reading.result()
+                    raise AssertionError("the stream has ended")
                 await asyncio.sleep(0)
 
     def kinds(self) -> list[str | None]:
@@ -241,6 +284,7 @@ async def test_the_router_and_the_engine_hear_what_the_request_is() -> None:
     task = alone.read()
     placed = alone.place()
     sent = await alone.submitted()
+    assert f"generate {TENANT}/r" in {task.get_name() for task in asyncio.all_tasks()}
     (asked,) = alone.around.asked
     assert asked == PlaceRequest(
         f"{TENANT}/r",
@@ -253,11 +297,15 @@ async def test_the_router_and_the_engine_hear_what_the_request_is() -> None:
         excluded_groups=frozenset({"g9"}),
         sequences=2,
     )
+    assert alone.around.reached == [("e0", Address("g0", 1))]
     assert sent.lease == placed.lease
     assert np.frombuffer(sent.prompt, "<i4").tolist() == PROMPT
     assert [x.request_id for x in sent.sequences] == ["l1.0", "l1.1"]
     assert [x.params.seed for x in sent.sequences] == [7, choice_seed(7, 1)]
     assert [x.output for x in sent.sequences] == [b"", b""]
+    assert [x.scored for x in sent.sequences] == [0, 0]
+    assert (sent.constraint, sent.pin) == (None, None)
+    assert alone.generation._output.queue._silence_s == SILENCE_S
     assert (sent.timeout_s, sent.suspicion, sent.cache_salt) == (
         30.0,
         0,
@@ -268,6 +316,168 @@ async def test_the_router_and_the_engine_hear_what_the_request_is() -> None:
     await over(task)
     assert alone.around.given_back == ["finished"]
     assert alone.around.forgotten == ["l1"]
+
+
+async def test_the_engine_hears_what_is_asked_of_the_answer_and_of_the_prompt() -> None:
+    constraint = OutputConstraint("start: /[A-Z]+/")
+    alone = Alone(
+        n=2,
+        prompt_logprobs=2,
+        pin_s=60.0,
+        plan=AnswerPlan(constraint=constraint),
+        resume=Resume("r", (ResumedChoice(),) * 2, scores=3),
+    )
+    task = alone.read()
+    alone.place()
+    sent = await alone.submitted()
+    assert (sent.constraint, sent.pin) == (constraint, PinTerms(TENANT, 60.0))
+    assert [x.params.prompt_logprobs for x in sent.sequences] == [2, None]
+    assert [x.scored for x in sent.sequences] == [3, 0]
+    score = np.array([-1.5], np.float32).tobytes()
+    scores = TokenScores(score, np.array([PROMPT[-1]], np.int32).tobytes(), score)
+    alone.deliver("l1.0", scores=scores)
+    for index in range(2):
+        alone.deliver(f"l1.{index}", 2, end=EndReason.LENGTH, usage=used())
+    await over(task)
+    assert alone.kinds()[:3] == ["started", "prompt_logprobs", "delta"]
+    assert alone.received[1].prompt_logprobs.chosen_token_ids == PROMPT[-1:]
+
+
+class WatchedCodec(LetterCodec):
+    """Keeps after which prompts it has to decode; the last token of PROMPT is special."""
+
+    def __init__(self) -> None:
+        self.prompts: list[list[int]] = []
+
+    def special_text(self, token_id: int) -> str:
+        return "<s>" if token_id == PROMPT[-1] else ""
+
+    def stream(self, prompt: Sequence[int] | TokenIds, skip_special_tokens: bool) -> LetterStream:
+        self.prompts.append(list(prompt))
+        return LetterStream()
+
+
+@pytest.mark.parametrize(("skip", "shown"), [(True, b""), (False, text_of(PROMPT[-1:]).encode())])
+async def test_tokens_are_decoded_as_the_request_says(skip: bool, shown: bytes) -> None:
+    codec, had = WatchedCodec(), Resume("r", (ResumedChoice(),), scores=3)
+    alone = Alone(codec=codec, skip_special_tokens=skip, prompt_logprobs=0, resume=had)
+    task = alone.read()
+    alone.place()
+    await alone.submitted()
+    score = np.array([-1.5], np.float32).tobytes()
+    alone.deliver("l1.0", scores=TokenScores(score, b"", b""))
+    found = (SampledLogprobs(-1.0, ()),)
+    alone.deliver("l1.0", 5, end=EndReason.LENGTH, logprobs=found)
+    await over(task)
+    assert alone.kinds() == ["started", "prompt_logprobs", "delta", "choice_finished", "usage"]
+    assert alone.received[1].prompt_logprobs.chosen_bytes == [shown]
+    assert alone.received[2].delta.logprobs.chosen_bytes == [b"F"]
+    assert codec.prompts == [PROMPT]
+
+
+async def test_a_tool_call_has_the_id_that_it_has_on_every_ingress() -> None:
+    syntax = SYNTAXES["mistral"]
+    plan = AnswerPlan(AnswerForm(None, syntax, ["f"]))
+    alone = Alone(max_tokens=99, plan=plan, codec=CharacterCodec())
+    task = alone.read()
+    alone.place()
+    await alone.submitted()
+    tokens = map(ord, '[TOOL_CALLS][{"name": "f", "arguments": {}}]')
+    alone.deliver("l1.0", *tokens, end=EndReason.STOP)
+    await over(task)
+    (call,) = alone.received[1].delta.tool_calls
+    assert (call.id, call.name) == (call_id(f"{TENANT}/r", syntax, 0, 0), "f")
+
+
+@pytest.mark.parametrize(("grammar", "left"), [("start: /F/", 0), ("", 1)])
+async def test_only_a_grammar_decides_where_an_output_ends(grammar: str, left: int) -> None:
+    """Here the request ignores the end of sequence, which its client already has."""
+    had = resumed(ResumedChoice((5, EOS), 1))
+    alone = Alone(resume=had, plan=AnswerPlan(constraint=OutputConstraint(grammar)))
+    task = alone.read()
+    alone.place()
+    await alone.until(lambda: task.done() or not alone.around.submitted.empty())
+    assert alone.around.submitted.qsize() == left
+    if left:
+        alone.deliver("l1.0", 5, end=EndReason.LENGTH)
+    await over(task)
+
+
+async def test_the_client_hears_where_its_request_is() -> None:
+    alone = Alone(n=2)
+    task = alone.read()
+    await alone.until(lambda: alone.around.on_waiting is not None)
+    status = alone.generation._status
+    assert alone.around.on_waiting is not None
+    alone.around.on_waiting(Waiting(1, 3, 2.5))
+    await alone.until(lambda: len(alone.received) == 1)
+    alone.place()
+    await alone.submitted()
+    unstarted = pb.Prefilling(total_tokens=len(PROMPT))
+    assert status.event().prefilling == unstarted
+    alone.deliver("l1.0", progress=PrefillProgress(2, 1, 5))
+    await alone.until(lambda: len(alone.received) == 3)
+    alone.deliver("l1.1", progress=PrefillProgress(1, 1, 5))  # not the one that leads
+    assert status.event().prefilling.computed_tokens == 2
+    alone.deliver("l1.0", 5)
+    alone.attempt.lose()
+    await alone.until(lambda: len(alone.around.asked) == 2)
+    assert status.event().queued == pb.Queued(request_id="r")
+    alone.place()
+    await alone.submitted()
+    unstarted.total_tokens += 1
+    assert status.event().prefilling == unstarted
+    for name in ("l2.0", "l2.1"):
+        alone.deliver(name, 6, end=EndReason.LENGTH, usage=used())
+    await over(task)
+    queued, started, prefilling, *_ = alone.received
+    assert queued.queued == pb.Queued(position=3, projected_wait_s=2.5, request_id="r")
+    assert prefilling.prefilling == pb.Prefilling(
+        computed_tokens=2, cached_tokens=1, total_tokens=5
+    )
+    assert started.started == pb.Started(
+        request_id="r",
+        model="m",
+        model_revision="r",
+        group="g0",
+        kv_format="int4",
+        seed=7,
+        prompt_tokens=len(PROMPT),
+        kv_hot_pages=4,
+        kv_sealed_pages=4,
+        kv_reserved_bytes=9_000,
+        cached_tokens=512,
+    )
+    assert (alone.usage.group, alone.usage.kv_format) == ("g0", "int4")
+
+
+async def test_the_log_says_which_request_lost_what(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "REFUSAL_PAUSE_S", 0.0)
+    alone = Alone()
+    task = alone.read()
+    for _ in range(3):
+        alone.place()
+    await alone.submitted()
+    alone.attempt.lose()
+    await alone.submitted()
+    alone.attempt.reject(PoolCapacityError("full", 1, 0, retryable=True))
+    await alone.submitted()
+    alone.deliver("l3.0", end=EndReason.FAULT)
+    with pytest.raises(RequestFaultError):
+        await over(task)
+    found = [(x.levelname, x.getMessage(), about_of(x)) for x in caplog.records]
+    whose = {"tenant": TENANT, "request_id": "r", "group": "g0"}
+    assert found == [
+        ("WARNING", f"request {TENANT}/r lost group g0", whose),
+        ("WARNING", f"{TENANT}/r was refused by its group: full", whose),
+        ("ERROR", f"request {TENANT}/r is not tried again: it failed", whose),
+    ]
+
+
+def about_of(record: logging.LogRecord) -> dict[str, object]:
+    return {name: getattr(record, name, None) for name in ("tenant", "request_id", "group")}
 
 
 async def test_after_a_loss_only_what_is_missing_is_asked_for() -> None:
@@ -336,6 +546,8 @@ async def test_a_request_with_nothing_left_to_compute_gives_its_place_back() -> 
     assert alone.kinds() == ["started", "delta", "choice_finished", "usage"]
     assert alone.around.given_back == ["released"]
     assert alone.around.submitted.empty()
+    (asked,) = alone.around.asked
+    assert (asked.max_tokens, asked.sequences) == (1, 1), "no request may ask for less"
 
 
 async def test_a_stop_string_ends_its_own_sequence_alone() -> None:
@@ -404,9 +616,21 @@ async def test_a_trace_has_the_phases_of_every_placement() -> None:
     alone.deliver("l2.0", 7)
     alone.deliver("l2.0", end=EndReason.LENGTH)
     await over(task)
-    first, again = ["place", "queue", "prefill", "decode"], ["place", "prefill", "decode"]
-    assert alone.notes.phases == [*first, *again, "length"]
-    assert alone.notes.events == ["waiting", "waiting", "prefilling", "engine lost"]
+    prefill = ("prefill", {"group": "g0", "kv_format": "int4"})
+    assert alone.notes.all == [
+        ("place", {"prompt_tokens": len(PROMPT)}),
+        ("queue", {}),
+        ("waiting", {"position": 1}),
+        ("waiting", {"position": 0}),
+        prefill,
+        ("prefilling", {"computed_tokens": 2}),
+        ("decode", {}),
+        ("engine lost", {"cause": "suspect"}),
+        ("place", {"prompt_tokens": len(PROMPT) + 2}),
+        prefill,
+        ("decode", {}),
+        ("finish", {"usage": alone.usage, "reasons": ["length"]}),
+    ]
     assert alone.meters.of(table.FAILOVERS, "g0", "suspect") == 1
 
 
@@ -520,7 +744,35 @@ async def test_a_refusal_by_the_engine_is_tried_again_a_few_times(
     assert alone.around.given_back == ["released"] * MAX_REFUSALS, "nothing runs under the lease"
 
 
-async def test_a_client_that_leaves_lets_everything_go() -> None:
+async def test_a_refusal_for_good_is_not_tried_again() -> None:
+    alone = Alone()
+    task = alone.read()
+    alone.place()
+    await alone.submitted()
+    alone.attempt.reject(PoolCapacityError("too long", 2, 1, retryable=False))
+    with pytest.raises(PoolCapacityError, match="too long"):
+        await over(task)
+    assert len(alone.around.asked) == 1
+
+
+async def test_a_failure_whose_reader_has_left_is_no_surprise(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    alone = Alone()
+    alone.place()
+    await anext(alone.stream)
+    await alone.submitted()
+    alone.deliver("l1.0", end=EndReason.FAULT)
+    given_back = alone.around.given_back
+    await alone.until(lambda: bool(given_back))
+    await asyncio.sleep(0)
+    await alone.stream.aclose()
+    del alone
+    gc.collect()
+    assert [x.name for x in caplog.records] == ["kvmesh.cluster.ingress.generation"]
+
+
+async def test_a_client_that_leaves_lets_everything_go(caplog: pytest.LogCaptureFixture) -> None:
     alone = Alone()
     task = alone.read()
     alone.place()
@@ -534,6 +786,7 @@ async def test_a_client_that_leaves_lets_everything_go() -> None:
     assert alone.around.forgotten == ["l1"]
     assert alone.around.given_back == ["finished"]
     assert alone.generation._output.queue._timer is None
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("tokens", [(), (5,)])
@@ -547,7 +800,7 @@ async def test_an_engine_that_misses_a_deadline_is_not_waited_for(
     await alone.until(lambda: len(alone.around.asked) == 1)
     alone.now += 10.0  # before it has a place
     alone.place()
-    await alone.submitted()
+    assert (await alone.submitted()).timeout_s == 1e-3, "an engine needs some"
     if tokens:
         alone.deliver("l1.0", *tokens)
         await over(task)
@@ -592,6 +845,37 @@ async def test_output_is_kept_if_no_other_place_comes_in_time() -> None:
     await over(task)
     assert alone.kinds() == ["started", "delta", "choice_finished", "usage"]
     assert alone.received[2].choice_finished.finish_reason == pb.FINISH_REASON_DEADLINE
+
+
+@pytest.mark.parametrize(("timeout_s", "limit_s"), [(None, None), (8.0, 8.0 + DEADLINE_GRACE_S)])
+async def test_an_engine_has_a_moment_to_end_what_is_overdue_itself(
+    monkeypatch: pytest.MonkeyPatch, timeout_s: float | None, limit_s: float | None
+) -> None:
+    limits_s: list[float | None] = []
+
+    async def run(attempt: Attempt, link: object, message: Submit, timeout_s: float | None) -> None:
+        limits_s.append(timeout_s)
+        raise TimeoutError
+
+    monkeypatch.setattr(Attempt, "run", run)
+    alone = Alone(timeout_s=timeout_s)
+    alone.place()
+    with pytest.raises(RequestDeadlineError):
+        await over(alone.read())
+    assert limits_s == [limit_s]
+
+
+async def test_a_request_that_is_aborted_while_it_waits_has_started_and_ended() -> None:
+    alone = Alone(n=2)
+    alone.around.answer(RequestAbortedError())
+    await over(alone.read())
+    assert alone.kinds() == ["started", "choice_finished", "choice_finished", "usage"]
+    started = pb.Started(request_id="r", seed=7, prompt_tokens=len(PROMPT))
+    assert alone.received[0].started == started
+    for index, event in enumerate(alone.received[1:3]):
+        aborted = pb.ChoiceFinished(index=index, finish_reason=pb.FINISH_REASON_ABORT)
+        assert event.choice_finished == aborted
+    assert alone.usage == pb.Usage(prompt_tokens=len(PROMPT))
 
 
 async def test_an_abort_keeps_what_there_is() -> None:

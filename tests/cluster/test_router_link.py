@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import pytest
 
@@ -12,15 +14,24 @@ from kvmesh.cluster.ingress import router_link
 from kvmesh.cluster.ingress.router_link import RouterLink
 from kvmesh.cluster.link import Address, LinkError
 from kvmesh.cluster.messages import (
+    TO_INGRESS_FROM_ROUTER,
     Abort,
     Aborted,
+    AskEstimate,
+    AskExplanation,
+    AskStatus,
+    AskTenant,
     CallFailed,
     Cancel,
+    Decisions,
     Drain,
+    Estimated,
     Finished,
     Place,
     Placed,
     Release,
+    Status,
+    TenantUse,
     Waiting,
 )
 from kvmesh.cluster.routing.request import PlaceRequest
@@ -193,6 +204,69 @@ async def test_open_calls_are_made_again_over_the_next_connection() -> None:
     assert third.take() == [], "answered calls are not made again"
     link.drain()
     assert third.take() == [Drain()]
+
+
+RESULT: Any = object()  # the link does not look into what it hands over
+
+
+@pytest.mark.parametrize(
+    ("call", "sent", "answer"),
+    [
+        (lambda link: link.abort("tenant/a"), Abort(1, "tenant/a"), Aborted(1, RESULT)),
+        (lambda link: link.estimate(ask("a")), AskEstimate(1, ask("a")), Estimated(1, RESULT)),
+        (lambda link: link.explain("tenant/a"), AskExplanation(1, "tenant/a"),
+         Decisions(1, RESULT)),
+        (lambda link: link.tenant("t"), AskTenant(1, "t"), TenantUse(1, RESULT)),
+        (lambda link: link.status(), AskStatus(1, False), Status(1, RESULT)),
+        (lambda link: link.status(fresh=True), AskStatus(1, True), Status(1, RESULT)),
+    ],
+)  # fmt: skip
+async def test_a_question_reaches_the_router_and_its_answer_who_asked(
+    call: Callable[[RouterLink], Coroutine[Any, Any, object]], sent: object, answer: object
+) -> None:
+    link, wire = linked()
+    task = asyncio.create_task(call(link))
+    await turns()
+    assert wire.take() == [sent]
+    link.received(answer)
+    assert await asyncio.wait_for(task, PATIENCE_S) is RESULT
+    assert not link._open
+    failed = asyncio.create_task(call(link))
+    await turns()
+    wire.take()
+    link.received(CallFailed(2, Failure.of(DrainingError())))
+    with pytest.raises(DrainingError):
+        await asyncio.wait_for(failed, PATIENCE_S)
+
+
+async def test_a_place_can_be_waited_for_without_news() -> None:
+    link, _ = linked()
+
+    async def place() -> Placed:
+        async with link.place(ask("a")) as held:
+            return held.placed
+
+    task = asyncio.create_task(place())
+    await turns()
+    link.received(Waiting(1, 3, None))
+    link.received(placed(1))
+    assert await asyncio.wait_for(task, PATIENCE_S) == placed(1)
+
+
+async def test_it_stays_connected_to_where_the_router_listens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kept: list[tuple[object, ...]] = []
+
+    async def stay_connected(*how: object) -> None:
+        kept.append(how)
+
+    monkeypatch.setattr(router_link, "stay_connected", stay_connected)
+    link = RouterLink(IDENTITY, nowhere)
+    await link.run()
+    assert kept == [(nowhere, IDENTITY, TO_INGRESS_FROM_ROUTER, link._connected)]
+    wire = Wire()
+    assert link._connected(wire) is link, "it takes what is received"  # type: ignore[arg-type]
 
 
 async def test_a_router_that_does_not_answer_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,15 +11,27 @@ from google.protobuf.descriptor import Descriptor
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kvmesh.cluster.errors import UnsupportedFieldError
+from kvmesh.cluster.errors import OversizedRequestError, UnsupportedFieldError
 from kvmesh.cluster.grpc_front import parse
+from kvmesh.cluster.ingress.chat import conversation
 from kvmesh.cluster.ingress.choice import choice_seed
 from kvmesh.cluster.ingress.model_checks import check_tokens, fit_context
 from kvmesh.cluster.ingress.prompts import cache_salt
-from kvmesh.cluster.ingress.validate import GenerationSpec, Limits, generation_spec
+from kvmesh.cluster.ingress.resume import Resume, ResumedChoice
+from kvmesh.cluster.ingress.structured import answer_spec
+from kvmesh.cluster.ingress.validate import (
+    GenerationSpec,
+    Limits,
+    TextRules,
+    check_size,
+    generation_spec,
+)
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import InvalidFieldError
+from kvmesh.workers.model.chat import Conversation
+from kvmesh.workers.model.generation_defaults import DefaultSampling
 from kvmesh.workers.request import TokenIds
+from kvmesh.workers.sampling_params import SamplingParams
 from tests.exercised import Exercised
 
 LIMITS = Limits()
@@ -208,15 +220,120 @@ def test_a_wrong_cursor_is_refused(choices: list[pb.ResumedChoice], field: str) 
 
 
 def test_defaults() -> None:
-    spec = validated(make_request())
-    assert spec.n == 1
-    assert spec.params.temperature == spec.params.top_p == 1.0
-    assert spec.params.max_tokens == LIMITS.default_max_tokens
-    assert not spec.max_tokens_given
-    assert spec.timeout_s is None
-    assert spec.request_id
-    assert spec.request_id != validated(make_request()).request_id
-    assert spec.params.seed != validated(make_request()).params.seed
+    spec, other = validated(make_request()), validated(make_request())
+    params = SamplingParams(seed=spec.params.seed, max_tokens=LIMITS.default_max_tokens)
+    assert spec == GenerationSpec(
+        request_id=spec.request_id,
+        prompt="hello",
+        params=params,
+        max_tokens_given=False,
+        rules=TextRules(),
+    )
+    assert len(bytes.fromhex(spec.request_id)) == 16
+    assert spec.request_id != other.request_id
+    assert spec.params.seed != other.params.seed
+
+
+def test_a_random_seed_has_all_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secrets.randbits", lambda bits: 2**bits - 1)
+    assert generation_spec(make_request(), LIMITS).params.seed == 2**64 - 1
+
+
+def test_a_models_defaults_are_for_what_a_request_leaves_open() -> None:
+    defaults = DefaultSampling(temperature=0.25, top_p=0.5)
+    params = generation_spec(make_request(top_p=0.75), LIMITS, defaults).params
+    assert (params.temperature, params.top_p) == (0.25, 0.75)
+
+
+PARAMETERS: dict[str, Any] = {
+    "temperature": 0.5,
+    "top_p": 0.25,
+    "top_k": 7,
+    "min_p": 0.125,
+    "repetition_penalty": 1.5,
+    "presence_penalty": -0.5,
+    "frequency_penalty": 0.75,
+    "seed": 2**64 - 1,
+    "max_tokens": 9,
+    "min_tokens": 3,
+    "stop_token_ids": (5, 6),
+    "ignore_eos": True,
+    "logit_bias": {4: -1.5},
+    "logprobs": 2,
+    "prompt_logprobs": 1,
+}
+
+
+def test_every_field_of_a_request_reaches_its_specification() -> None:
+    request = make_request(
+        chat(("user", "hi")),
+        n=2,
+        stop=["a", "bc"],
+        skip_special_tokens=False,
+        include_stop_str_in_output=True,
+        max_reasoning_tokens=11,
+        **PARAMETERS,
+    )
+    assert {field.name for field, _ in request.sampling_params.ListFields()} == {
+        field.name for field in pb.SamplingParams.DESCRIPTOR.fields
+    }
+    request.prompt.chat.tools.add(name="f", parameters_json="{}")
+    had = pb.ResumedChoice(index=1, token_ids=[8], text_chars=1)
+    rest = pb.GenerateRequest(
+        request_id="näme",
+        priority=-3,
+        timeout_s=12.0,
+        cache_salt="salt",
+        pin_s=60.0,
+        resume=pb.Resume(model_revision="v", choices=[had], prompt_logprobs_received=1),
+    )
+    request.MergeFrom(rest)
+    spec = generation_spec(request, LIMITS)
+    assert isinstance(spec.prompt, Conversation)
+    assert spec == GenerationSpec(
+        request_id="näme",
+        prompt=conversation(request.prompt.chat),
+        params=SamplingParams(**PARAMETERS, output_optional=True),
+        n=2,
+        rules=TextRules(("a", "bc"), skip_special_tokens=False, include_stop=True),
+        priority=-3,
+        timeout_s=12.0,
+        cache_salt="salt",
+        pin_s=60.0,
+        resume=Resume("v", (ResumedChoice(), ResumedChoice((8,), 1)), 1),
+        answer=answer_spec(request, spec.prompt),
+    )
+    assert spec.answer.is_chat and spec.answer.tools
+    assert spec.answer.max_reasoning_tokens == 11
+
+
+def test_the_largest_values_are_accepted() -> None:
+    request = make_request(
+        tokens(2**31 - 1), n=16, stop=["x" * 1024] * 16, max_tokens=2**31 - 1, stop_token_ids=[1]
+    )
+    rest = pb.GenerateRequest(request_id="x" * 128, cache_salt="x" * 256, pin_s=86400.0)
+    request.MergeFrom(rest)
+    spec = generation_spec(request, LIMITS)
+    assert isinstance(spec.prompt, np.ndarray)
+    assert spec.prompt.dtype == np.int32
+    assert spec.prompt.tolist() == [2**31 - 1]
+    assert (spec.n, spec.params.max_tokens) == (16, 2**31 - 1)
+    check_size(1000, Limits(max_request_bytes=1000))
+    with pytest.raises(OversizedRequestError, match=r"^request: must have at most 1,000 bytes"):
+        check_size(1001, Limits(max_request_bytes=1000))
+
+
+@pytest.mark.parametrize(("pin_s", "n", "field"), [(0.0, 1, ""), (9.0, 1, ""), (9.0, 2, "n"),
+                                                   (None, 1, "max_tokens")])  # fmt: skip
+def test_a_prompt_may_be_pinned_without_any_output(pin_s: float | None, n: int, field: str) -> None:
+    request = make_request(max_tokens=0, n=n)
+    if pin_s is not None:
+        request.pin_s = pin_s
+    if field:
+        assert field_of(request) == f"sampling_params.{field}"
+    else:
+        assert generation_spec(request, LIMITS).params.max_tokens == 0
+    assert generation_spec(make_request(max_tokens=1, n=2), LIMITS).n == 2
 
 
 def test_a_default_max_tokens_is_raised_to_min_tokens_and_lowered_to_the_context() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import stat
 import threading
 import time
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 
 import msgspec
 import pytest
+import zmq
 
 from kvmesh.workers import channel
 from kvmesh.workers.channel import (
@@ -138,6 +140,29 @@ def test_masks_follow_their_plan_to_the_rank_that_samples() -> None:
     assert made == [masks]
 
 
+@pytest.mark.parametrize(("device", "flushes"), [("cpu", 0), ("cuda", 1)])
+def test_ranks_that_run_ahead_hear_that_no_step_follows(device: str, flushes: int) -> None:
+    executor = ChannelExecutor(2)
+    ends = [RankEnd(endpoint) for endpoint in executor.endpoints]
+    for end in ends:
+        end.send(msgspec.structs.replace(DESCRIPTION, device=device))
+    executor.describe()
+    plans = [msgspec.structs.replace(PLAN, step=step) for step in (1, 2, 3)]
+    for plan in plans:
+        ends[0].send(StepResult(plan.step, [], 0.0))
+    executor.submit(plans[0])
+    for plan in plans[1:]:
+        executor.submit(plan)
+        assert executor.result().step == plan.step - 1
+    assert executor.result().step == 3
+    executor.close()
+    for rank, end in enumerate(ends):
+        expected: list[object] = [*plans, *[Flush()] * (0 if rank else flushes), Close()]
+        assert [end.receive(60) for _ in expected] == expected
+        assert end.receive(0) is None
+        end.close()
+
+
 def test_a_failure_of_any_rank_ends_the_wait_for_other_ranks() -> None:
     executor = ChannelExecutor(2)
 
@@ -196,12 +221,14 @@ def test_a_lost_rank_is_reported_with_its_own_last_message() -> None:
 
 
 class ArrivedMessages:
-    """A socket, whose messages have all arrived."""
+    """A socket, whose messages have all arrived. polls: for how long each poll may wait"""
 
     def __init__(self, *messages: Failed | RankDescription) -> None:
         self._messages = [msgspec.msgpack.encode(message) for message in messages]
+        self.polls: list[int] = []
 
     def poll(self, timeout_ms: int) -> bool:
+        self.polls.append(timeout_ms)
         return bool(self._messages)
 
     def recv(self) -> bytes:
@@ -221,6 +248,21 @@ def test_a_reason_is_found_after_other_messages_of_a_lost_rank(
     executor.close()
 
 
+def test_a_limit_is_waited_for_in_polls_of_the_rank_that_has_to_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    executor = ChannelExecutor(2, start_timeout_s=0.24)
+    answers, hangs = ArrivedMessages(DESCRIPTION), ArrivedMessages()
+    with monkeypatch.context() as patch:
+        patch.setattr(executor, "_sockets", [answers, hangs])
+        with pytest.raises(WorkerDiedError, match=r"rank 1 hangs.* within 0\.24 s"):
+            executor.describe()
+    read_all, no_wait, wait = 0, 0, 50
+    assert hangs.polls == [no_wait, *[wait] * 5]
+    assert answers.polls == [wait, read_all, *[no_wait] * 5]
+    executor.close()
+
+
 @pytest.mark.parametrize("first", [0, 1])
 def test_of_several_failures_the_cause_is_reported(first: int) -> None:
     """A rank that has lost another one fails too, and may be heard of first."""
@@ -231,6 +273,19 @@ def test_of_several_failures_the_cause_is_reported(first: int) -> None:
     for rank in range(2):
         wait_for_message(executor, rank)
     with pytest.raises(RankRaisedError, match="no room"):
+        executor.describe()
+    executor.close()
+    for end in ends:
+        end.close()
+
+
+def test_without_a_cause_the_first_failure_is_reported() -> None:
+    executor = ChannelExecutor(2)
+    ends = [RankEnd(endpoint) for endpoint in executor.endpoints]
+    for rank, end in enumerate(ends):
+        end.send(Failed("WorkerDiedError", f"rank {1 - rank} has ended"))
+        wait_for_message(executor, rank)
+    with pytest.raises(WorkerDiedError, match="rank 1 has ended"):
         executor.describe()
     executor.close()
     for end in ends:
@@ -299,7 +354,7 @@ def test_an_answer_of_another_kind_is_a_failure() -> None:
     executor = ChannelExecutor(1)
     end = RankEnd(executor.endpoints[0])
     end.send(Allocated())
-    with pytest.raises(WorkerDiedError, match="rank 0 must answer with RankDescription"):
+    with pytest.raises(WorkerDiedError, match="must answer with RankDescription, got Allocated"):
         executor.describe()
     executor.close()
     end.close()
@@ -356,7 +411,7 @@ def test_a_step_in_flight_is_learned_from_the_result_of_the_one_before(
     executor.describe()
     learned_s: list[float] = []
     monkeypatch.setattr(executor._step_limit, "learn", lambda plan, s: learned_s.append(s))
-    times = iter((100.0, 100.5, 105.0, 108.0))
+    times = iter((0.25, 0.75, 5.25, 8.25))
     monkeypatch.setattr(channel, "time", SimpleNamespace(monotonic=lambda: next(times)))
     executor.submit(PLAN)
     executor.submit(PLAN)
@@ -370,9 +425,49 @@ def test_a_step_in_flight_is_learned_from_the_result_of_the_one_before(
 def test_the_sockets_are_in_a_private_directory_that_close_removes() -> None:
     executor = ChannelExecutor(1)
     directory = Path(executor.endpoints[0].removeprefix("ipc://")).parent
+    assert directory.name.startswith("kvmesh-")
+    assert executor.rendezvous.parent == directory
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
     executor.close()
     assert not directory.exists()
+
+
+class ClosedSocket:
+    """Keeps what was done with it. full: nobody reads what is sent"""
+
+    def __init__(self, full: bool) -> None:
+        self._full = full
+        self.done: list[object] = []
+
+    def send(self, data: bytes, flags: int) -> None:
+        if self._full:
+            raise zmq.Again
+        self.done += [msgspec.msgpack.decode(data, type=Close), flags]
+
+    def close(self, linger: int) -> None:
+        self.done.append(linger)
+
+
+def test_the_last_messages_have_a_second_to_arrive(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    executor = ChannelExecutor(1)
+    end = RankEnd(executor.endpoints[0])
+    assert end._socket.getsockopt(zmq.LINGER) == 1000
+    end.close()
+    (socket,) = executor._sockets
+    assert socket.getsockopt(zmq.LINGER) == 0, "a leader that has not closed it waits for nobody"
+    socket.close()
+    sockets = [ClosedSocket(full=True), ClosedSocket(full=False)]
+    monkeypatch.setattr(executor, "_sockets", sockets)
+    executor.close()
+    assert [x.done for x in sockets] == [[1000], [Close(), zmq.DONTWAIT, 1000]]
+
+
+def test_an_executor_whose_directory_is_gone_can_be_closed() -> None:
+    executor = ChannelExecutor(1)
+    shutil.rmtree(executor.rendezvous.parent)
+    executor.close()
 
 
 def test_a_rank_that_hangs_in_a_step_fails_it() -> None:
@@ -406,8 +501,6 @@ def test_an_answer_that_has_arrived_counts_however_late_it_is_read() -> None:
     """As after the whole machine was suspended: limits are counted in polls."""
     executor = ChannelExecutor(1, step_timeout_s=1e-9)
     end = RankEnd(executor.endpoints[0])
-    end.send(DESCRIPTION)
-    executor.describe()
     for _ in range(20):
         end.send(StepResult(PLAN.step, [], 0.0))
         wait_for_message(executor, 0)

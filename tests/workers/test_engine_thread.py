@@ -9,7 +9,7 @@ import pytest
 
 from kvmesh.workers import engine_thread
 from kvmesh.workers.engine import Engine
-from kvmesh.workers.engine_thread import LOADS_PERIOD_S, EngineNews, EngineThread
+from kvmesh.workers.engine_thread import EngineNews, EngineThread
 from kvmesh.workers.executor import MakeMasks
 from kvmesh.workers.lease import LeaseTerms
 from kvmesh.workers.loads import EngineLoads
@@ -98,6 +98,8 @@ def test_commands_run_in_order_and_everything_that_ends_is_reported() -> None:
     last = listener.reports[-1]
     assert (last.running, last.waiting, last.pool.used) == (0, 0, PageNeed(0, 0))
     assert last.outcomes_total == {"stop": 1, "abort": 1}
+    steps = [step for _, news in listener.outputs if news is not None for step in news.steps]
+    assert len(steps) == last.steps_total
 
 
 def test_a_new_engine_reports_at_once_and_stopping_ends_what_runs() -> None:
@@ -120,6 +122,7 @@ def test_reports_of_a_busy_engine_are_made_once_in_a_period(
 ) -> None:
     now = [100.0]
     monkeypatch.setattr(engine_thread, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(engine_thread, "LOADS_PERIOD_S", 0.75)
     steps = [0]
 
     engine, executor = make_engine()
@@ -127,7 +130,7 @@ def test_reports_of_a_busy_engine_are_made_once_in_a_period(
 
     def ticking(plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
         steps[0] += 1
-        now[0] += 0.3 * LOADS_PERIOD_S
+        now[0] += 0.25
         return execute(plan, masks)
 
     executor.execute = ticking  # type: ignore[method-assign]
@@ -185,6 +188,11 @@ def test_an_error_is_posted_and_ends_the_thread(where: str) -> None:
     command = fails if where == "command" else lambda e: e.add(request("a", [3, 4]))
     listener = run(make, command, then=lambda *_: None)  # type: ignore[arg-type]
     assert listener.failures == [error]
+
+
+def test_a_thread_whose_process_ends_does_not_keep_it() -> None:
+    thread = EngineThread(lambda: make_engine()[0], Listener(lambda *_: None))._thread
+    assert (thread.name, thread.daemon) == ("kvmesh-engine", True)
 
 
 def test_an_audit_that_fails_when_idle_is_a_failure() -> None:

@@ -7,8 +7,11 @@ import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from msgspec import structs
 
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.errors import (
@@ -147,7 +150,8 @@ async def test_a_failed_rank_ends_every_sequence_with_an_error() -> None:
         read = await inbox.until_end({"a", "b"})
         assert all(deltas[-1].finish_reason is EndReason.ERROR for deltas in read.values())
         assert leader.failed is executor.error
-        with pytest.raises(WorkerDiedError):
+        failed = "the engine of this group has failed: rank 1 ended"
+        with pytest.raises(WorkerDiedError, match=failed):
             leader.submit([request("c", [3])], inbox.deliver)
 
 
@@ -160,11 +164,34 @@ async def test_start_raises_the_error_of_a_rank_that_could_not_start() -> None:
         await EngineLeader(CONFIG, Broken()).start()
 
 
+@pytest.mark.parametrize("chosen", ["", "k4v4"])
+def test_the_format_that_the_ranks_have_chosen_is_checked(
+    monkeypatch: pytest.MonkeyPatch, chosen: str
+) -> None:
+    monkeypatch.setattr("kvmesh.workers.leader.check_format", lambda *given: given)
+    monkeypatch.setattr("kvmesh.workers.leader.Engine", lambda *given, check: (*given, check))
+    executor = GatedExecutor()
+    described = structs.replace(executor._description, kv_format=chosen, values_in_keys=4)
+    executor._description = described
+    made: Any = EngineLeader(CONFIG, executor)._make_engine()
+    config = CONFIG.replace(kv_format=chosen or CONFIG.kv_format)
+    assert made == (CONFIG, executor, (config, described.head_dim, executor.divergences, 4))
+
+
+async def test_a_step_has_an_age_while_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    leader = EngineLeader(CONFIG, GatedExecutor())
+    assert leader.step_age_s == 0.0, "there is no engine yet"
+    monkeypatch.setattr("kvmesh.workers.leader.time.monotonic", lambda: 100.0)
+    for start_s, age_s in [(None, 0.0), (97.5, 2.5), (100.5, 0.0)]:
+        monkeypatch.setattr(leader, "_engine", SimpleNamespace(step_start_s=start_s))
+        assert leader.step_age_s == age_s
+
+
 async def test_submit_refuses_invalid_requests() -> None:
     async with running() as (leader, _):
         inbox = Inbox()
         leader.submit([request("a", [3, 4], params=ENDLESS)], inbox.deliver)
-        with pytest.raises(InvalidFieldError, match="request_id"):
+        with pytest.raises(InvalidFieldError, match="request_id: 'a' is already running"):
             leader.submit([request("a", [3, 4])], inbox.deliver)
         total = leader.account.info.capacity.sealed
         big = LeaseTerms("l1", 1, hot_pages=1, sealed_pages=total - 1, max_sealed_pages=total - 1)
@@ -175,7 +202,7 @@ async def test_submit_refuses_invalid_requests() -> None:
         assert caught.value.retryable
         assert leader.account.book.take_update() == AccountUpdate(arrived=(big,))
         leader._draining = True
-        with pytest.raises(EngineDrainingError):
+        with pytest.raises(EngineDrainingError, match="this group is shutting down"):
             leader.submit([request("d", [3, 4])], inbox.deliver)
 
 

@@ -151,6 +151,8 @@ def test_the_first_of_calls_that_may_not_be_parallel_ends_the_choice() -> None:
     assert [call.name for call in found.merged_calls()] == ["f"]
     assert choice.finish is not None
     assert (choice.cut, choice.finish.in_calls) == (True, True)
+    first = ANSWER[: ANSWER.index("\n</tool_call>")]
+    assert "".join(map(chr, choice.token_ids)) == first, "it ends at once"
 
 
 def test_a_marker_that_is_a_special_token_is_read() -> None:

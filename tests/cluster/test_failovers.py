@@ -1,0 +1,50 @@
+"""How many engines a request may lose, and whom the last loss is blamed on."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvmesh.cluster.errors import EngineLostError, RequestFaultError
+from kvmesh.cluster.ingress.failovers import MAX_FAILOVERS, Failovers, Loss
+
+
+def lost(*losses: Loss, tokens: int = 0) -> Failovers:
+    found = Failovers()
+    for number, loss in enumerate(losses):
+        found.note(f"e{number}", loss, tokens)
+    return found
+
+
+def test_what_was_lost_is_counted() -> None:
+    found = lost(Loss.REFUSED, Loss.CLEARED, Loss.SUSPECT, Loss.SUSPECT)
+    assert found.engines == {"e0", "e1", "e2", "e3"}
+    assert (found.total, found.suspicion, found.in_vain) == (4, 2, 3)
+    found.note("e3", Loss.CLEARED, 0)
+    assert found.engines == {"e0", "e1", "e2", "e3"}
+    assert found.total == 5
+
+
+@pytest.mark.parametrize(
+    ("last", "error"),
+    [
+        (Loss.REFUSED, EngineLostError()),
+        (Loss.SUSPECT, RequestFaultError("4 engines in a row were lost while they had it")),
+    ],
+)
+def test_one_loss_in_vain_too_many_ends_the_request(last: Loss, error: Exception) -> None:
+    found = lost(*[Loss.REFUSED] * MAX_FAILOVERS)
+    with pytest.raises(type(error)) as caught:
+        found.note("last", last, 0)
+    assert caught.value.args == error.args
+
+
+def test_engines_that_failed_for_another_reason_do_not_count() -> None:
+    assert lost(*[Loss.CLEARED] * 10).in_vain == 0
+
+
+def test_new_tokens_make_earlier_losses_worth_it_but_not_less_suspicious() -> None:
+    found = lost(*[Loss.SUSPECT] * MAX_FAILOVERS, tokens=1)
+    found.note("e3", Loss.SUSPECT, 2)
+    assert (found.in_vain, found.suspicion) == (1, 4)
+    found.note("e4", Loss.SUSPECT, 2)
+    assert (found.in_vain, found.suspicion) == (2, 5)
