@@ -129,8 +129,7 @@ class Generation:
                     yield event
             task.result()
         finally:
-            if not task.cancel() and not task.cancelled():
-                task.exception()  # retrieved, even if the reader has left meanwhile
+            task.cancel()
             queue.close()
 
     # The request's task
