@@ -471,7 +471,7 @@ def test_a_server_that_starts_late_is_found(asynchronous: bool) -> None:
     """On the real clock: the connection is refused until the server listens."""
     with reserved_port() as port, contextlib.ExitStack() as late_server:
         target = f"127.0.0.1:{port}"
-        late = threading.Timer(0.2, lambda: late_server.enter_context(serving(SERVICER, target)))
+        late = threading.Timer(0.5, lambda: late_server.enter_context(serving(SERVICER, target)))
         late.start()
         if asynchronous:
             tokens = asyncio.run(tokenize(target))
