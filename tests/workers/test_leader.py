@@ -286,11 +286,12 @@ async def test_a_report_stays_current_while_no_sequence_comes_or_ends() -> None:
         executor.allow(MANY)
         inbox = Inbox()
         leader.submit([request("a", [3, 4], 5)], inbox.deliver)
-        assert not leader.account.loads_current
+        current = [leader.account.loads_current]
         await inbox.until_end({"a"})
-        assert leader.account.loads_current
+        current.append(leader.account.loads_current)
         leader.engine_output([SequenceDelta("a", (3,))])  # it has ended
-        assert leader.account.loads_current
+        current.append(leader.account.loads_current)
+        assert current == [False, True, True]
 
 
 async def test_who_receives_an_end_finds_it_in_the_report() -> None:
