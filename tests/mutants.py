@@ -165,7 +165,11 @@ MUTMUT = [sys.executable, "-m", "mutmut"]
 
 
 def _settings(target: Target) -> str:
-    """The module is named by its path through kvmesh/, whose links are copied as folders."""
+    """The module is named by its path through kvmesh/, whose links are copied as folders.
+
+    A mutant that takes five times as long as its tests and a second is one whose tests wait for
+    what never comes.
+    """
     arguments = ["-p", "no:cacheprovider", "--hypothesis-profile=mutants", "-m"]
     return f"""
 [tool.mutmut]

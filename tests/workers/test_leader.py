@@ -281,6 +281,19 @@ async def test_cached_blocks_and_loads_come_with_the_reports() -> None:
         assert leader.account.loads.prompt_tokens_total == len(prompt)
 
 
+async def test_a_report_stays_current_while_no_sequence_comes_or_ends() -> None:
+    async with running() as (leader, executor):
+        executor.allow(MANY)
+        inbox = Inbox()
+        leader.submit([request("a", [3, 4], 5)], inbox.deliver)
+        current = [leader.account.loads_current]
+        await inbox.until_end({"a"})
+        current.append(leader.account.loads_current)
+        leader.engine_output([SequenceDelta("a", (3,))])  # it has ended
+        current.append(leader.account.loads_current)
+        assert current == [False, True, True]
+
+
 async def test_who_receives_an_end_finds_it_in_the_report() -> None:
     async with running() as (leader, executor):
         executor.allow(1)
