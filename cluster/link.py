@@ -206,6 +206,7 @@ async def connect(
     address: Address, identity: Identity, messages: Any, handle: Callable[[Link], Handler]
 ) -> Link:
     """Connect to a listener; raises LinkError."""
+    where = f"cannot connect to {address.host}:{address.port}"
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             _, connection = await asyncio.get_running_loop().create_connection(
@@ -214,8 +215,10 @@ async def connect(
                 address.port,
                 ssl=identity.client_context(),
             )
-    except (OSError, TimeoutError) as error:
-        raise LinkError(f"cannot connect to {address.host}:{address.port}: {error}") from error
+    except TimeoutError:
+        raise LinkError(f"{where}: no answer within {CONNECT_TIMEOUT_S:g} s") from None
+    except OSError as error:
+        raise LinkError(f"{where}: {error}") from error
     return connection
 
 

@@ -14,10 +14,12 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mappi
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from types import MappingProxyType
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
 
+from kvmesh.cluster import link
 from kvmesh.cluster.engine_service import EngineService, _Ingress
 from kvmesh.cluster.errors import Failure
 from kvmesh.cluster.group_connections import GroupConnections
@@ -512,10 +514,12 @@ async def machine(
 ) -> AsyncGenerator[Machine]:
     """A running cluster, which must be at rest in the end. budget: of each engine's memory"""
     built = Machine(groups, config or RouterConfig(), budget, clock)
-    await built.start()
-    try:
-        yield built
-        built.allow(MANY)
-        await built.at_rest()
-    finally:
-        await built.stop()
+    # Nobody here waits until a lost engine counts as up again.
+    with mock.patch.object(link, "CONNECT_TIMEOUT_S", PATIENCE_S):
+        await built.start()
+        try:
+            yield built
+            built.allow(MANY)
+            await built.at_rest()
+        finally:
+            await built.stop()
