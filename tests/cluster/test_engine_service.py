@@ -184,7 +184,7 @@ async def test_a_drain_ends_when_its_time_is_over(
     ingress, far = running.ingress()
     ingress.received(submission("l", []))
     running.executor.allow(2)
-    await running.until(lambda: running.executor.begun == 3)
+    await running.until(lambda: running.executor.started == 3)
     await asyncio.wait_for(running.service.drain(0.0), PATIENCE_S)
     assert ended(far) == {}
     running.executor.allow(MANY)

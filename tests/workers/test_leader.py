@@ -44,14 +44,14 @@ class GatedExecutor(MemoryExecutor):
     def __init__(self, budget: int = 400) -> None:
         super().__init__(PAGE, 0, 0, budget)
         self.permits = threading.Semaphore(0)
-        self.begun = 0  # steps, the one that waits for its permit among them
+        self.started = 0  # steps, the one that waits for its permit among them
         self.error: Exception | None = None
 
     def allow(self, steps: int) -> None:
         self.permits.release(steps)
 
     def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
-        self.begun += 1
+        self.started += 1
         assert self.permits.acquire(timeout=60)
         if self.error is not None:
             raise self.error
