@@ -169,7 +169,7 @@ def test_leaving_over_http_frees_pages(endpoint: Endpoint, client: Client, strea
     wait_for(lambda: used_pages(client.loads()) > 0, "it runs")
     if stream:
         assert call.getresponse().status == 200
-    with ranks_paused():
+    with ranks_paused(client):
         call.close()
     wait_idle(client)
     assert generated(client) - before < LONG, "the output was cut short"
@@ -468,13 +468,16 @@ def test_refusals_reveal_no_internals(endpoint: Endpoint) -> None:
 
 
 @contextmanager
-def ranks_paused() -> Iterator[None]:
-    """So that no output ends before its client has left, however slow this process is."""
+def ranks_paused(client: Client) -> Iterator[None]:
+    """So that no output ends before its client has left and the server has noticed, however slow
+    the processes are."""
     ranks = processes_named("ray::RankActor")
     for rank in ranks:
         rank.suspend()
     try:
         yield
+        for _ in range(10):  # through the proxy and the ingress, behind the end of the connection
+            client.tokenize("x")
     finally:
         for rank in ranks:
             rank.resume()
@@ -492,7 +495,7 @@ def test_closing_a_stream_frees_its_pages(client: Client, record_property: Any) 
         for number, _ in enumerate(stream):
             if number == 3:
                 break
-        with ranks_paused():
+        with ranks_paused(client):
             assert used_pages(client.loads()) > 0
             stream.close()
     record_property("freed_after_s", wait_idle(client))
@@ -506,7 +509,7 @@ def test_abort_ends_a_stream_from_another_connection(endpoint: Endpoint, client:
     ) as stream:
         deltas = iter(stream)
         next(deltas)
-        with ranks_paused(), Client(endpoint.target, api_key=endpoint.api_key) as other:
+        with ranks_paused(client), Client(endpoint.target, api_key=endpoint.api_key) as other:
             assert other.abort("to-abort")
         assert [delta.finish_reason for delta in deltas][-1] is FinishReason.ABORT
     wait_idle(client)
@@ -548,7 +551,7 @@ def test_a_client_that_is_killed_counts_as_cancelled(
     try:
         assert child.stdout is not None
         assert child.stdout.readline() == "token\n"
-        with ranks_paused():
+        with ranks_paused(client):
             assert used_pages(client.loads()) > 0
             child.kill()
     finally:
