@@ -22,6 +22,9 @@ PR_SET_PDEATHSIG = 1
 _OPEN_TO_ALL = re.compile(r"^(\s*bind )\*?:(\d+)", re.MULTILINE)
 _SOCKET_FOR_ALL = re.compile(r"^(\s*stats socket .*) mode 666 ", re.MULTILINE)
 _ERROR_FILE = re.compile(r"^(\s*)errorfile (502|503) .*$", re.MULTILINE)
+# With it, HAProxy now and then misses that a client has left right after its body, and the replica
+# computes an answer for nobody.
+_SPLICING = re.compile(r"^\s*option splice-(request|response|auto)\n", re.MULTILINE)
 # No replica is up, or the one that had the call has died: clients try again.
 _UNAVAILABLE = (
     r"""\g<1>http-error status \g<2> content-type application/json hdr retry-after 1 """
@@ -41,10 +44,12 @@ def hardened(configuration: str) -> str:
     Listeners without an address are moved to loopback. While no application is known, which is
     so for a moment after a restart, calls are answered with UNAVAILABLE in place of NOT_FOUND.
     Over HTTP, 502 and 503 are what they are in place of 500, in the shape of OpenAI's errors.
+    A client that leaves is noticed: bodies are not spliced.
     """
     closed = _OPEN_TO_ALL.sub(r"\g<1>127.0.0.1:\g<2>", configuration)
     closed = _SOCKET_FOR_ALL.sub(r"\g<1> mode 600 ", closed)
     closed = _ERROR_FILE.sub(_UNAVAILABLE, closed)
+    closed = _SPLICING.sub("", closed)
     return _NO_APPLICATION.sub(_NOT_READY, closed)
 
 

@@ -163,6 +163,7 @@ def test_openais_client_parses_answers(endpoint: Endpoint) -> None:
 def test_leaving_over_http_frees_pages(endpoint: Endpoint, client: Client, stream: bool) -> None:
     body = {"prompt": "x", "max_tokens": LONG, "ignore_eos": True, "stream": stream}
     headers = {"authorization": f"Bearer {endpoint.api_key}", "content-type": "application/json"}
+    wait_idle(client)
     before = generated(client)
     call = http.client.HTTPConnection(endpoint.http_url.removeprefix("http://"))
     call.request("POST", "/v1/completions", json.dumps(body), headers)
