@@ -87,8 +87,7 @@ class ThreadRanks(StepByStep):
         return found[0].result()
 
     def allocate(self, allocation: Allocation) -> None:
-        for rank in self.ranks:
-            rank.allocate(allocation)
+        list(self._threads.map(lambda rank: rank.allocate(allocation), self.ranks))
 
     def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
         def step(rank: Rank) -> StepResult | None:
