@@ -119,8 +119,8 @@ def test_layers_in_one_call_have_the_bits_of_one_after_the_other(
         calls.append(taken(*arguments, **options))
         return calls[-1]
 
-    monkeypatch.setattr(LayerRun, "__call__", counted)
     rank = filled_rank(model, fmt, steps)
+    monkeypatch.setattr(LayerRun, "__call__", counted)
     found = [rank.score(plan) for plan in made]
     assert calls == [True] * len(made)  # one for all layers
     layer_by_layer(monkeypatch)
