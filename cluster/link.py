@@ -206,7 +206,7 @@ async def connect(
     address: Address, identity: Identity, messages: Any, handle: Callable[[Link], Handler]
 ) -> Link:
     """Connect to a listener; raises LinkError."""
-    where = f"cannot connect to {address.host}:{address.port}"
+    failure = f"cannot connect to {address.host}:{address.port}"
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             _, connection = await asyncio.get_running_loop().create_connection(
@@ -216,9 +216,9 @@ async def connect(
                 ssl=identity.client_context(),
             )
     except TimeoutError:
-        raise LinkError(f"{where}: no answer within {CONNECT_TIMEOUT_S:g} s") from None
+        raise LinkError(f"{failure}: no answer within {CONNECT_TIMEOUT_S:g} s") from None
     except OSError as error:
-        raise LinkError(f"{where}: {error}") from error
+        raise LinkError(f"{failure}: {error}") from error
     return connection
 
 
