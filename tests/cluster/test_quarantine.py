@@ -145,8 +145,11 @@ async def lose_two(built: Machine, lose: Callable[[str], None]) -> list[Received
     """Many streams, of which those on two groups lose their engines one after the other."""
     good = innocents(12)
     streams = [built.stream(request) for request in good]
+    started = [asyncio.ensure_future(read_until(stream, 1)) for stream in streams]
+    # The permits are enough for all, but not for those that come after them.
+    await built.until(lambda: sum(len(x.sequences) for x in built.engines.values()) == len(good))
     built.allow(30)
-    received = await asyncio.gather(*(read_until(stream, 1) for stream in streams))
+    received = await asyncio.gather(*started)
     rest = [
         asyncio.ensure_future(rest_of(stream, before))
         for stream, before in zip(streams, received, strict=True)
