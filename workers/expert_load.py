@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from kvmesh.workers.model.load import ServedModel
 
 # Reading the counts waits for the device.
@@ -11,11 +9,11 @@ PERIOD_STEPS = 64
 
 
 class ExpertLoad:
-    """Of one rank. Every rank sees all tokens, so one of a group is enough."""
+    """Of one rank, from now on. Every rank sees all tokens, so one of a group is enough."""
 
     def __init__(self, model: ServedModel) -> None:
         self._model = model
-        self._seen: torch.Tensor | None = None
+        self._seen = model.expert_tokens()
         self._steps = 0
 
     def after_step(self) -> float | None:
@@ -26,10 +24,9 @@ class ExpertLoad:
         if self._steps % PERIOD_STEPS:
             return None
         counts = self._model.expert_tokens()
-        if counts is None:
+        if counts is None or self._seen is None:
             return None
-        since = counts if self._seen is None else counts - self._seen
-        self._seen = counts
+        since, self._seen = counts - self._seen, counts
         mean = since.double().mean(-1)
         if not mean.any():
             return None

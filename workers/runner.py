@@ -137,7 +137,6 @@ class ModelRunner:
         self._divides = gpu.runs_kernels(self._pool.hot_tables)
         self._attention = RankAttention(fmt, self._pool, basis, comm, model.head_dim, params)
         self._entry = _entry(self._pool.all_hot, basis)
-        self._expert_load = ExpertLoad(model)
         self._graphs: DecodeGraphs | None = None
         if prepare_decode:
             self._warm_up(min_members)
@@ -150,6 +149,7 @@ class ModelRunner:
                     sliding_windows=self._windows,
                     min_members=min_members,
                 )
+        self._expert_load = ExpertLoad(model)  # warm-up steps do not count
 
     @property
     def pool(self) -> KVPool:

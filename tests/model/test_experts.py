@@ -155,11 +155,14 @@ def test_tokens_of_experts_are_counted_over_steps(tmp_path: Path) -> None:
     architecture, overrides = CASES["qwen3-moe"]  # its layer 1 has no experts
     path = make_small_model(architecture, tmp_path, **overrides)
     model = load_model(path, dtype=torch.float32, device=CPU, comm=Communicator.single())
-    load = ExpertLoad(model)
     prompt = PROMPTS[0]
+    prompt_logits(model, PROMPTS[1])  # a warm-up, say
+    before = model.expert_tokens()
+    load = ExpertLoad(model)
     prompt_logits(model, prompt)
-    counts = model.expert_tokens()
-    assert counts is not None
+    after = model.expert_tokens()
+    assert before is not None and after is not None
+    counts = after - before
     assert counts.shape == (2, 6)
     assert counts.sum(-1).tolist() == [3 * len(prompt)] * 2
     seen = [load.after_step() for _ in range(PERIOD_STEPS)]
