@@ -34,3 +34,21 @@ def test_an_id_that_is_used_again_has_its_own_deadline() -> None:
     deadlines.add("r", 6.0)
     assert deadlines.take_due(5.5) == []
     assert deadlines.take_due(8.0) == ["r"]
+
+
+def test_a_deadline_takes_the_place_of_the_one_before() -> None:
+    deadlines = Deadlines()
+    deadlines.add("r", 5.0)
+    deadlines.add("r", 7.0)
+    assert (deadlines.left_s(4.0), deadlines.take_due(6.0)) == (3.0, [])
+    assert deadlines.take_due(7.0) == ["r"]
+    assert deadlines.take_due(9.0) == []
+
+
+def test_nothing_is_kept_of_deadlines_that_were_removed() -> None:
+    deadlines = Deadlines()
+    deadlines.add("first", 1.0)
+    for number in range(100):
+        deadlines.add(str(number), 1e6 + number)
+        deadlines.remove(str(number))
+    assert len(deadlines._in_order) == len(deadlines._due_s) == 1
