@@ -240,6 +240,7 @@ class Rank:
             self._files.revision,
             kv_formats,
             config.page_size,
+            (config.rope, config.max_model_len),  # the length decides between LongRoPE's factors
             (config.sink_pages, config.recent_pages),
             None if config.calibration is None else sample_digest(Path(config.calibration)),
             (config.tp, config.kvp),

@@ -10,6 +10,7 @@ import pytest
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.rank import Rank
+from kvmesh.workers.rope_override import RopeOverride
 from kvmesh.workers.scoring import probe_cache
 from kvmesh.workers.scoring.probe_cache import ProbeCache
 from tests.model.small import make_small_model, make_small_tokenizer
@@ -53,5 +54,10 @@ def test_a_rank_measures_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert ProbeCache(rank._probe_inputs(["int4"])).load() == measured
     file.write_text("[7.5]")
     assert Rank(config, 0, Communicator.single()).divergences(["int4"]) == [7.5]
-    for changed in (config.replace(page_size=32), config.replace(sink_pages=1)):
+    for changed in (
+        config.replace(page_size=32),
+        config.replace(sink_pages=1),
+        config.replace(max_model_len=128),
+        config.replace(rope=RopeOverride(type="linear", factor=2)),
+    ):
         assert Rank(changed, 0, Communicator.single()).divergences(["int4"]) != [7.5]
