@@ -117,9 +117,12 @@ class EngineLeader:
         account = self.account
         if self._draining:
             raise EngineDrainingError("this group is shutting down")
+        names: set[str] = set()
         for request in requests:
-            if request.request_id in self._live:
-                raise InvalidFieldError("request_id", f"{request.request_id!r} is already running")
+            name = request.request_id
+            if name in self._live or name in names:
+                raise InvalidFieldError("request_id", f"{name!r} is already running")
+            names.add(name)
             check_request(request, account.info)
         held = None
         if (terms := requests[0].lease) is not None:
@@ -210,7 +213,7 @@ class EngineLeader:
                     assert account is not None
                     account.book.end(held, _natural_output(delta))
                 changed = True
-            else:
+            elif delta.token_ids:  # others report scores or progress
                 live.tokens += len(delta.token_ids)
                 if held is not None and live.tokens >= held.next_note_tokens:
                     assert account is not None

@@ -26,8 +26,8 @@ from kvmesh.workers.executor import MakeMasks, RankDescription
 from kvmesh.workers.leader import EngineLeader
 from kvmesh.workers.lease import AccountUpdate, LeaseEnd, LeaseTerms
 from kvmesh.workers.lease_book import AHEAD_TOKENS
-from kvmesh.workers.plan import StepPlan, StepResult
-from kvmesh.workers.request import EndReason, SequenceDelta
+from kvmesh.workers.plan import StepPlan, StepResult, TokenScores
+from kvmesh.workers.request import EndReason, PrefillProgress, SequenceDelta
 from kvmesh.workers.sampling_params import SamplingParams
 from kvmesh.workers.sizes import BLOCK_PAGES, PageNeed
 from tests.workers.memory_executor import MemoryExecutor, expected_output
@@ -195,6 +195,8 @@ async def test_submit_refuses_invalid_requests() -> None:
         leader.submit([request("a", [3, 4], params=ENDLESS)], inbox.deliver)
         with pytest.raises(InvalidFieldError, match="request_id: 'a' is already running"):
             leader.submit([request("a", [3, 4])], inbox.deliver)
+        with pytest.raises(InvalidFieldError, match="request_id: 't' is already running"):
+            leader.submit([request("t", [3, 4]), request("t", [3, 4])], inbox.deliver)
         total = leader.account.info.capacity.sealed
         big = LeaseTerms("l1", 1, hot_pages=1, sealed_pages=total - 1, max_sealed_pages=total - 1)
         leader.submit([request("b", [3, 4], params=ENDLESS, lease=big)], inbox.deliver)
@@ -368,6 +370,20 @@ async def test_the_account_of_a_lease_from_its_arrival_to_its_end() -> None:
         assert tokens == expected_output([3, 4], 6 * PAGE, ignore_eos=True)
         assert leader.account.book.take_update() == AccountUpdate(ended=(LeaseEnd("l", 6 * PAGE),))
         assert (leader.account.book.leases, leader.account.book.restate()) == ((), AccountUpdate())
+
+
+async def test_what_comes_before_the_first_token_is_not_reported_as_it() -> None:
+    async with running() as (leader, _):
+        lease = LeaseTerms("l", 1, 1, 90, 90)
+        leader.submit([request("l.0", [3, 4], params=ENDLESS, lease=lease)], Inbox().deliver)
+        leader.account.book.take_update()
+        progress = PrefillProgress(computed_tokens=1, cached_tokens=0, total_tokens=2)
+        leader.engine_output([SequenceDelta("l.0", (), progress=progress)])
+        scores = TokenScores(bytes(4), b"", b"")
+        leader.engine_output([SequenceDelta("l.0", (), scores=scores)])
+        assert not leader.account.book.take_update()
+        leader.engine_output([SequenceDelta("l.0", (5,))])
+        assert leader.account.book.take_update().first_tokens == ("l",)
 
 
 async def test_a_withdrawn_lease_ends_whether_it_runs_or_not() -> None:
