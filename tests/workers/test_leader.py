@@ -331,6 +331,8 @@ async def test_drain_hands_over_what_has_not_ended_in_time() -> None:
         leader.submit([request("a", [3, 4], params=ENDLESS)], inbox.deliver)
         executor.allow(1)
         await inbox.take()
+        while executor.started < 2:
+            await asyncio.sleep(0)
         draining = asyncio.create_task(leader.drain(0.0))
         while leader._thread._commands.empty():
             assert not draining.done()
