@@ -194,6 +194,27 @@ async def test_a_request_is_measured_from_end_to_end() -> None:
     assert router(table.LEDGER, "g0", "free") == capacity
 
 
+def test_latencies_are_those_of_the_usage() -> None:
+    recorded: dict[str, float] = {}
+
+    def factory(metric: Metric) -> SimpleNamespace:
+        return SimpleNamespace(record=lambda value, _: recorded.setdefault(metric.name, value))
+
+    usage = pb.Usage(
+        group="g0", queue_s=0.5, time_to_first_token_s=2.0, total_s=5.0, completion_tokens=4
+    )
+    IngressMeters(factory).finished(usage, TENANT)
+    assert recorded == {
+        table.REQUEST_QUEUE.name: 0.5,
+        table.FIRST_TOKEN.name: 2.0,
+        table.OUTPUT_TOKEN.name: 1.0,
+        table.REQUEST_DURATION.name: 5.0,
+    }
+    recorded.clear()
+    IngressMeters(factory).finished(pb.Usage(group="g0", completion_tokens=0), TENANT)
+    assert table.OUTPUT_TOKEN.name not in recorded
+
+
 async def test_refusals_are_counted_with_their_bytes() -> None:
     config = RouterConfig(tenants={TENANT: TenantPolicy(quota_bytes=1)})
     async with machine(config=config) as built:

@@ -21,6 +21,10 @@ from tests.kernels.cases import (
 
 # All to serve, and one of each encoding that is for comparison.
 NAMES = [*format_names(comparison=False), "kivi4", "nuq3", "int8-static", "turboquant-sign"]
+# One is quick enough for `make test-fast`.
+IN_DEPTH: list[Any] = [
+    name if name == "int8" else pytest.param(name, marks=pytest.mark.slow) for name in NAMES
+]
 MIXED = [(1, 1), (15, 1), (16, 1), (17, 1), (63, 1), (64, 64), (65, 9), (200, 33), (130, 1)]
 
 
@@ -47,8 +51,7 @@ def check(case: Case, **options: Unpack[AttentionOptions]) -> None:
     assert (lse[count:] == -torch.inf).all()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", IN_DEPTH)
 @pytest.mark.parametrize("windows", [(0, 0), (1, 0), (0, 2), (2, 1)])
 def test_mixed_batch_matches_the_expected_results(name: str, windows: tuple[int, int]) -> None:
     shape = Shape(sink_pages=windows[0], recent_pages=windows[1])
@@ -70,8 +73,7 @@ WINDOWS = (1, 16, 40, 1000, -24, -64)
 SOFTCAPS = (None, 20.0)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", IN_DEPTH)
 @pytest.mark.parametrize("window", WINDOWS)
 def test_softcap_and_sliding_window(name: str, window: int) -> None:
     """Every pair of a format, a window and a softcap, but not every three of them."""

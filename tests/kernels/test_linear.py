@@ -63,6 +63,15 @@ def test_int4_is_within_half_a_step_of_every_weight(shape: tuple[int, int]) -> N
     assert packed.codes.numel() == shape[0] * packed.num_blocks * 16
 
 
+def test_the_range_of_a_block_that_is_not_full_is_that_of_its_weights() -> None:
+    weight = 5 + weights(70, 40) / 100
+    packed = pack(weight, "int4")
+    last = weight[:, 32:]
+    assert packed.scales is not None
+    step = (last.amax(1) - last.amin(1)) / 15
+    torch.testing.assert_close(packed.scales[:, 1, 0], step, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("group", [32, 128])
 @pytest.mark.parametrize("zero", [0.0, 7.0, None])
 def test_exact_keeps_weights_that_had_4_bits_in_4_bits(group: int, zero: float | None) -> None:

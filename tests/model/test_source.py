@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from kvmesh.cluster.cli.commands import app
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
-from kvmesh.workers.model import embedded
+from kvmesh.workers.model import embedded, store
 from kvmesh.workers.model.facts import eos_token_ids, read_facts
 from kvmesh.workers.model.load import load_model
 from kvmesh.workers.model.source import ModelFiles, resolve_model, resolve_tokenizer
@@ -526,12 +526,20 @@ def test_a_full_disk_is_reported_before_the_download(
         ModelStore(tmp_path).make("key", "name", fill, 1000)
 
 
-@pytest.mark.parametrize("damage", ["cut short", "gone", "no manifest"])
-def test_a_damaged_entry_is_made_again(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize(
+    "damage", ["changed", "cut short", "large and cut short", "gone", "no manifest"]
+)
+def test_a_damaged_entry_is_made_again(
+    tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if damage == "large and cut short":
+        monkeypatch.setattr(store, "_DIGESTED_BYTES", 100)
     models = ModelStore(tmp_path)
     entry = models.make("key", "name", fill, 0)
     assert models.get("key") == entry
-    if damage == "cut short":
+    if damage == "changed":
+        (entry / "weights").write_bytes(b"1" * (entry / "weights").stat().st_size)
+    elif damage.endswith("cut short"):
         (entry / "weights").write_bytes(bytes(999))
     elif damage == "gone":
         (entry / "weights").unlink()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import Any
 
 import pytest
 
@@ -25,11 +26,12 @@ def waiting(
     deadline: float | None = None,
     since: float | None = None,
     drain_s: float = 0.0,
+    resumed: bool = False,
 ) -> LiveRequest:
     """A request that came a tenth of a second after the one before, if it is not said when."""
     since = arrival / 10 if since is None else since
     request = ask(name, tenant=tenant, priority=priority)
-    rank = (-priority, True, due, arrival)
+    rank = (-priority, not resumed, due, arrival)
     return LiveRequest(request, DEMAND, 0.0, since, rank, due, deadline, drain_s)
 
 
@@ -71,13 +73,14 @@ def test_nobody_asks_about_a_tenant_whose_last_request_has_left() -> None:
     assert names(queue, {"left": 0.0}, 1.0) == ["r1"]
 
 
-def test_late_requests_let_those_of_their_own_priority_pass() -> None:
+@pytest.mark.parametrize("before", [{"priority": 1}, {"resumed": True}])
+def test_late_requests_let_those_of_their_own_rank_pass(before: Any) -> None:
     """Whatever waits with a higher one."""
     queue = WaitingQueue(100)
     former = waiting("former", 0, since=-30.0)
     queue.put(former)
     queue.remove(former, 0.0)  # so late ones wait for as long before they are urgent
-    queue.put(waiting("higher", 1, priority=1, due=90.0))
+    queue.put(waiting("higher", 1, due=90.0, **before))
     queue.put(waiting("late", 2, due=2.0))
     queue.put(waiting("timely", 3, due=80.0))
     queue.put(waiting("other", 4, due=70.0, tenant="y"))

@@ -57,6 +57,8 @@ def test_a_rank_measures_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for changed in (
         config.replace(page_size=32),
         config.replace(sink_pages=1),
+        config.replace(weight_format="int8"),
+        config.replace(dtype="bfloat16"),
         config.replace(max_model_len=128),
         config.replace(rope=RopeOverride(type="linear", factor=2)),
     ):

@@ -322,6 +322,17 @@ def test_nobody_finds_what_an_isolated_sequence_has_computed() -> None:
     assert bench.plan() == {"first": 2 * PAGE + 2, "second": 2 * PAGE + 1}
 
 
+def test_an_isolated_sequence_is_computed_again_whatever_was_in_flight_for_it() -> None:
+    bench = Bench(sealed=9)
+    first = bench.add("first", PAGE + 1)
+    bench.plan()
+    plan = bench.scheduler.schedule()
+    assert plan is not None and first.pending == 1
+    bench.scheduler.isolate(first)
+    assert [seq for _, seq in bench.scheduler.commit(plan)] == [None]
+    assert bench.plan() == {"first": PAGE + 2}
+
+
 def test_nobody_shares_what_a_preempted_sequence_would_have_sealed_in_this_step() -> None:
     bench = Bench(sealed=4)
     first, second = bench.add("first", PAGE, token=5), bench.add("second", PAGE, token=5)

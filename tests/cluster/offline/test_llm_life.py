@@ -208,6 +208,17 @@ def test_engines_that_fail_in_vain_are_given_up(
             made.generate("x")
 
 
+def test_engines_that_fail_in_vain_are_given_up_whatever_was_answered_before(
+    failing: type[FailingExecutor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_cluster_module, "GUARD_PERIOD_S", 0.01)
+    with tiny_llm() as made:
+        made.generate("x", max_tokens=3)
+        monkeypatch.setattr(failing, "failing", range(1, 1000))
+        errors = made.generate(["x"] * 20, max_tokens=3, on_error="return", timeout_s=120.0)
+        assert "4 engines in a row have failed" in str(errors[-1])
+
+
 def test_an_engine_that_does_not_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     def make(config: EngineConfig) -> Any:
         raise RuntimeError("no such device")

@@ -141,6 +141,23 @@ async def test_a_body_that_is_too_large(
     assert (await server.post("/v1/completions", {"prompt": "a"})).status_code == 200
 
 
+async def test_a_body_without_an_end_is_refused_when_it_is_too_large(server: HttpServer) -> None:
+    sent: list[Message] = []
+    piece = {"type": "http.request", "body": b" " * (MAX_BYTES // 2), "more_body": True}
+    pieces = iter([piece] * 3)
+
+    async def receive() -> Message:
+        return next(pieces)
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    headers = [(b"authorization", f"Bearer {KEY}".encode())]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}
+    await server.front(scope, receive, send)
+    assert sent[0]["status"] == 413
+
+
 async def test_a_compressed_body_is_refused(server: HttpServer) -> None:
     reply = await server.post("/v1/completions", b"{}", content_encoding="gzip")
     assert (reply.status_code, error_of(reply)["param"]) == (400, "content-encoding")
