@@ -63,17 +63,26 @@ async def _tokens(client: AsyncClient, prompt: Any, continuation: Any) -> tuple[
     if not len(continuation):
         raise InvalidRequestError.of("continuations", "must not be empty")
     if not isinstance(prompt, str):
-        return [*prompt, *continuation], len(prompt)
-    # Tokens of the whole text: a model sees it so, and a token may begin before the continuation.
-    ids = await _ids(client, prompt + continuation)
-    same = [a == b for a, b in zip(ids, await _ids(client, prompt), strict=False)]
-    before = [*same, False].index(False)
+        ids, before = [*prompt, *continuation], len(prompt)
+    else:
+        ids, before = await _tokens_of_text(client, prompt, continuation)
     if not before:
         raise InvalidRequestError.of(
             "continuations",
             "begins in the first token of the text, which nothing predicts; use a longer prompt",
         )
     return ids, before
+
+
+async def _tokens_of_text(
+    client: AsyncClient, prompt: str, continuation: str
+) -> tuple[list[int], int]:
+    # Tokens of the whole text: a model sees it so, and a token may begin before the continuation.
+    ids = await _ids(client, prompt + continuation)
+    if not prompt:
+        return ids, 0
+    same = [a == b for a, b in zip(ids, await _ids(client, prompt), strict=False)]
+    return ids, [*same, False].index(False)
 
 
 async def _ids(client: AsyncClient, prompt: Any) -> list[int]:

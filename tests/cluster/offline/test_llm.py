@@ -169,6 +169,7 @@ def test_an_error_while_iterating_comes_in_its_place(llm: LLM) -> None:
         (lambda llm: llm.iterate("text"), InvalidRequestError, "prompts"),
         (lambda llm: llm.score("x", [1]), InvalidRequestError, "continuations"),
         (lambda llm: llm.score("x", ""), InvalidRequestError, "continuations"),
+        (lambda llm: llm.score("", "x"), InvalidRequestError, "continuations"),
         (lambda llm: llm.score(["x"], "y"), InvalidRequestError, "continuations"),
         (lambda llm: llm.score(["x"], ["y", "z"]), InvalidRequestError, "continuations"),
     ],
@@ -266,6 +267,13 @@ def test_a_token_of_both_texts_counts_as_the_continuations(llm: LLM) -> None:
     assert score.prompt_tokens < len(tokenizer().encode("The r"))
     with pytest.raises(InvalidRequestError, match="begins in the first token"):
         llm.score(" r", "an")
+
+
+def test_a_continuation_of_nothing_has_a_token_that_nothing_predicts(llm: LLM) -> None:
+    with pytest.raises(InvalidRequestError, match="begins in the first token"):
+        llm.score("", "an")
+    (found,) = llm.score([[]], [[1, 2, 3]], on_error="return")
+    assert isinstance(found, InvalidRequestError) and "begins in the first token" in str(found)
 
 
 # Many prompts
