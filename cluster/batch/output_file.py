@@ -24,7 +24,6 @@ from kvmesh.cluster.batch.input_file import STDIN
 
 _ID: Final = re.compile(r"batch_req_([1-9][0-9]*)_[0-9a-f]{16}")
 _READ_BYTES: Final = 1 << 20
-DUPLICATE: Final = "duplicate_custom_id"
 
 
 class LineResponse(msgspec.Struct):
@@ -42,10 +41,6 @@ class OutputLine(msgspec.Struct):
     custom_id: str | None
     response: LineResponse | None = None
     error: Any = None
-
-    @property
-    def is_duplicate(self) -> bool:
-        return isinstance(self.error, dict) and self.error.get("code") == DUPLICATE
 
     @property
     def failed(self) -> bool:
@@ -73,7 +68,7 @@ class Answered:
     """What a file has already.
 
     ids: of answers, by the number of the line
-    custom_ids: without those that a line before had already
+    custom_ids: of the lines that had a request. One that was refused leaves its to others
     model: that gave an answer; "" if none did
     """
 
@@ -161,7 +156,7 @@ class OutputFile:
             )
         answered.ids[int(match[1])] = line.id
         answered.failed += line.failed
-        if line.custom_id is not None and not line.is_duplicate:
+        if line.custom_id is not None and line.response is not None:
             answered.custom_ids.add(line.custom_id)
         if not answered.model and line.response is not None and not line.failed:
             answered.model = msgspec.json.decode(line.response.body, type=ReplySummary).model

@@ -19,13 +19,7 @@ import msgspec
 from kvmesh.cluster.batch.errors import BatchRunError
 from kvmesh.cluster.batch.input_file import STDIN, InputLine, read_lines
 from kvmesh.cluster.batch.line_request import LineError, LineRequest, read_request
-from kvmesh.cluster.batch.output_file import (
-    DUPLICATE,
-    LineResponse,
-    OutputFile,
-    OutputLine,
-    ReplySummary,
-)
+from kvmesh.cluster.batch.output_file import LineResponse, OutputFile, OutputLine, ReplySummary
 
 # Lines that are in memory, and sorted together.
 WINDOW_BYTES: Final = 64 << 20
@@ -128,7 +122,9 @@ class BatchRun:
                 request = read_request(line)
                 if request.custom_id in self._custom_ids:
                     raise LineError(
-                        DUPLICATE, "custom_id: a line before has the same", request.custom_id
+                        "duplicate_custom_id",
+                        "custom_id: a line before has the same",
+                        request.custom_id,
                     )
             except LineError as error:
                 cause = {"code": error.code, "message": error.message}

@@ -192,6 +192,24 @@ async def test_lines_that_were_added_are_answered(files: Files) -> None:
     assert (await files.run()).answered == 1
 
 
+@pytest.mark.parametrize("read_before", range(5))
+async def test_a_refused_line_leaves_its_custom_id_to_a_later_one(
+    files: Files, read_before: int
+) -> None:
+    """In one run, or in two of which the first has read so many lines."""
+    lines = [asking("a", method="GET"), asking("a"), asking("a", url=None), asking("a")]
+    for read in (read_before, len(lines)):
+        files.ask(lines[:read])
+        await files.run()
+    refused = {
+        int(line["id"].split("_")[2]): line["error"] and line["error"]["code"]
+        for line in files.results
+    }
+    assert refused == {
+        1: "invalid_request", 2: None, 3: "unsupported_url", 4: "duplicate_custom_id"
+    }  # fmt: skip
+
+
 # Refusals
 
 
