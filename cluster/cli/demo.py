@@ -54,10 +54,11 @@ def run_demo(settings: ClusterConfig, question: str, max_tokens: int) -> ExitCod
 def _describe(settings: ClusterConfig, endpoint: Endpoint) -> None:
     out.print(f"[bold]{settings.model}[/bold]")
     with Client(endpoint.target, api_key=endpoint.api_key) as client:
-        formats = {group.group: group.kv_format for group in client.model_info().groups}
-    for group, engine in settings.group_engines().items():
-        ranks = f"{engine.ranks} ranks" if engine.ranks > 1 else "one rank"
-        out.print(f"{group}: {ranks}, KV format {formats[group]}")
+        groups = client.groups()  # those that run, perhaps fewer than are configured
+    for group in groups:
+        count = group.tp * group.kvp
+        ranks = f"{count} ranks" if count > 1 else "one rank"
+        out.print(f"{group.group}: {ranks}, KV format {group.kv_format}")
     out.print(f"gRPC at {endpoint.target}, OpenAI's API at {endpoint.http_url}/v1", markup=False)
 
 

@@ -1,13 +1,16 @@
-"""What `serve` and `status` say of a cluster that is ready."""
+"""What `serve`, `demo` and `status` say of a cluster that is ready."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from kvmesh.client import GroupFacts, Loads
 from kvmesh.client.responses import mirror
+from kvmesh.cluster.cli import demo
 from kvmesh.cluster.cli.server_commands import _announce
 from kvmesh.cluster.cli.status_view import show_cluster
 from kvmesh.cluster.config import ClusterConfig, build
@@ -58,6 +61,19 @@ def test_what_does_not_apply_is_left_out(capsys: pytest.CaptureFixture[str]) -> 
     for words in ("metrics", "dashboard", "key ", "--target"):
         assert words not in err
     assert "anyone who can reach this port" in err
+
+
+def test_the_demo_describes_the_groups_that_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With autoscaling, not all that are configured do."""
+    client = SimpleNamespace(groups=lambda: (replace(GROUP, kvp=2),))
+    monkeypatch.setattr(demo, "Client", lambda *_, **__: nullcontext(client))
+    config = build({"groups": 2, "autoscaling": {"min_groups": 1}})
+    demo._describe(config, ENDPOINT)
+    shown = capsys.readouterr().out
+    assert "engine-0: 16 ranks, KV format k4v4" in shown
+    assert "engine-1" not in shown
 
 
 def test_status_shows_what_auto_became(capsys: pytest.CaptureFixture[str]) -> None:
