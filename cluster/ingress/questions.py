@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 
 from kvmesh.cluster.ingress import admin_wire, served, validate, wire
 from kvmesh.cluster.ingress.codec import TextCodec
@@ -28,7 +29,7 @@ IDS_AT_ONCE = 1 << 15  # that a reply gets before other calls have their turn
 class Questions:
     """Of one ingress process, whose parts these are.
 
-    check_open: raises DrainingError while the cluster drains
+    call: counts an open call; raises DrainingError while the ingress or the cluster drains
     version: of the server
     layout_reason: why the groups have their layout, "" if it was given
     """
@@ -40,7 +41,7 @@ class Questions:
         prompts: Prompts,
         codec: TextCodec,
         limits: validate.Limits,
-        check_open: Callable[[], None],
+        call: Callable[[], AbstractContextManager[None]],
         *,
         version: str,
         defaults: DefaultSampling,
@@ -52,78 +53,82 @@ class Questions:
         self._prompts = prompts
         self._codec = codec
         self._limits = limits
-        self._check_open = check_open
+        self._call = call
         self._version = version
         self._defaults = defaults
         self._divergence_nats = divergence_nats
         self._layout_reason = layout_reason
 
     async def tokenize(self, request: pb.TokenizeRequest, tenant: str) -> pb.TokenizeResponse:
-        self._check_open()
-        status = self._served.status_for(request.model)
-        ids = await self._prompts.of(request.prompt, tenant, status)
-        reply = pb.TokenizeResponse(max_model_len=served.max_model_len(status))
-        for start in range(0, len(ids), IDS_AT_ONCE):
-            reply.token_ids.extend(ids[start : start + IDS_AT_ONCE].tolist())
-            await asyncio.sleep(0)  # a million ids take a quarter of a second
-        return reply
+        with self._call():
+            status = self._served.status_for(request.model)
+            ids = await self._prompts.of(request.prompt, tenant, status)
+            reply = pb.TokenizeResponse(max_model_len=served.max_model_len(status))
+            for start in range(0, len(ids), IDS_AT_ONCE):
+                reply.token_ids.extend(ids[start : start + IDS_AT_ONCE].tolist())
+                await asyncio.sleep(0)  # a million ids take a quarter of a second
+            return reply
 
     async def detokenize(self, request: pb.DetokenizeRequest, tenant: str) -> pb.DetokenizeResponse:
         """The text of token ids, as a generation would have sent it."""
-        self._check_open()
-        status = self._served.status_for(request.model)
-        return await self._prompts.decode(request, tenant, status)
+        with self._call():
+            status = self._served.status_for(request.model)
+            return await self._prompts.decode(request, tenant, status)
 
     async def abort(self, request: pb.AbortRequest, tenant: str) -> pb.AbortResponse:
         """Abort, by a request id of the caller's own tenant."""
-        self._check_open()
-        if not request.request_id:
-            refuse("request_id", "must not be empty")
-        aborted = await self._router.abort(f"{tenant}/{request.request_id}")
-        return pb.AbortResponse(aborted=aborted)
+        with self._call():
+            if not request.request_id:
+                refuse("request_id", "must not be empty")
+            aborted = await self._router.abort(f"{tenant}/{request.request_id}")
+            return pb.AbortResponse(aborted=aborted)
 
     async def estimate_budget(
         self, request: pb.EstimateBudgetRequest, tenant: str
     ) -> pb.EstimateBudgetResponse:
-        self._check_open()
-        status = self._served.status_for(request.model)
-        prompt_tokens, hashes = await self._size(request, tenant)
-        max_tokens = self._limits.default_max_tokens
-        if request.HasField("max_tokens"):
-            max_tokens = request.max_tokens
-        for field, value in (("max_tokens", max_tokens), ("prompt_tokens", prompt_tokens)):
-            RANGES[field].check(field, value)
-        n = validate.number_of_choices("n", request, self._limits)
-        place = PlaceRequest(
-            request_id="estimate",
-            prompt_tokens=prompt_tokens,
-            max_tokens=max_tokens,
-            tenant=tenant,
-            priority=request.priority,
-            page_hashes=hashes,
-            excluded_groups=refused_groups(request, status, self._divergence_nats),
-            sequences=n,
-        )
-        return estimate_reply(place, await self._router.estimate(place), status)
+        with self._call():
+            status = self._served.status_for(request.model)
+            prompt_tokens, hashes = await self._size(request, tenant)
+            max_tokens = self._limits.default_max_tokens
+            if request.HasField("max_tokens"):
+                max_tokens = request.max_tokens
+            for field, value in (("max_tokens", max_tokens), ("prompt_tokens", prompt_tokens)):
+                RANGES[field].check(field, value)
+            n = validate.number_of_choices("n", request, self._limits)
+            place = PlaceRequest(
+                request_id="estimate",
+                prompt_tokens=prompt_tokens,
+                max_tokens=max_tokens,
+                tenant=tenant,
+                priority=request.priority,
+                page_hashes=hashes,
+                excluded_groups=refused_groups(request, status, self._divergence_nats),
+                sequences=n,
+            )
+            return estimate_reply(place, await self._router.estimate(place), status)
 
     async def explain(self, request: pb.ExplainRequest, tenant: str) -> pb.ExplainResponse:
         """Explain, by a request id of the caller's own tenant."""
-        self._check_open()
-        if not request.request_id:
-            refuse("request_id", "must not be empty")
-        explained = await self._router.explain(f"{tenant}/{request.request_id}")
-        return explain_reply(request.request_id, explained, self._served.status)
+        with self._call():
+            if not request.request_id:
+                refuse("request_id", "must not be empty")
+            explained = await self._router.explain(f"{tenant}/{request.request_id}")
+            return explain_reply(request.request_id, explained, self._served.status)
 
     async def get_model_info(
         self, request: pb.GetModelInfoRequest, tenant: str
     ) -> pb.GetModelInfoResponse:
-        self._check_open()
-        wire_defaults = pb.SamplingDefaults(
-            max_tokens=self._limits.default_max_tokens, **self._defaults.given()
-        )
-        return wire.model_info(
-            self._served.status, self._codec, self._version, self._divergence_nats, wire_defaults
-        )
+        with self._call():
+            wire_defaults = pb.SamplingDefaults(
+                max_tokens=self._limits.default_max_tokens, **self._defaults.given()
+            )
+            return wire.model_info(
+                self._served.status,
+                self._codec,
+                self._version,
+                self._divergence_nats,
+                wire_defaults,
+            )
 
     async def get_tenant_loads(
         self, request: pb.GetTenantLoadsRequest, tenant: str

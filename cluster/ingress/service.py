@@ -80,7 +80,7 @@ class IngressService:
             divergence_nats=divergence_nats,
         )
         self._tasks: list[asyncio.Task[None]] = []
-        self._running = 0
+        self._open_calls = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
@@ -91,7 +91,7 @@ class IngressService:
             self._prompts,
             codec,
             limits,
-            self._check_open,
+            self._call,
             version=version,
             defaults=defaults,
             divergence_nats=divergence_nats,
@@ -126,7 +126,7 @@ class IngressService:
         return self._draining or self._served.draining
 
     async def drain(self, timeout_s: float) -> None:
-        """Refuse new requests, and wait up to `timeout_s` for running ones to end."""
+        """Refuse new calls, and wait up to `timeout_s` for open ones to end."""
         self._draining = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
@@ -149,8 +149,7 @@ class IngressService:
         self, request: pb.GenerateRequest, tenant: str
     ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
         """GenerateStream; raises the errors of ingress/error_table.py."""
-        self._check_open()
-        with self._traced(request, tenant) as trace:
+        with self._call(), self._traced(request, tenant) as trace:
             await self._context.waker.turn()  # many may arrive at once
             preparing = asyncio.ensure_future(self._preparation.prepare(request, tenant))
             del request  # it may be large, and the stream long
@@ -160,12 +159,11 @@ class IngressService:
             finally:
                 preparing.cancel()
             generation = Generation(preparing.result(), self._context, trace)
-            with self._counted():
-                async with contextlib.aclosing(generation.events()) as events:
-                    async for event in events:
-                        if event.HasField("usage"):
-                            self._meters.finished(event.usage, tenant)
-                        yield event
+            async with contextlib.aclosing(generation.events()) as events:
+                async for event in events:
+                    if event.HasField("usage"):
+                        self._meters.finished(event.usage, tenant)
+                    yield event
 
     async def generate(self, request: pb.GenerateRequest, tenant: str) -> pb.GenerateResponse:
         """Generate: a stream's events in one reply."""
@@ -199,20 +197,18 @@ class IngressService:
             trace.fail("cancelled")
 
     @contextlib.contextmanager
-    def _counted(self) -> Iterator[None]:
-        """A generation runs."""
-        self._running += 1
+    def _call(self) -> Iterator[None]:
+        """A call is open. Raises DrainingError while this ingress or the cluster drains."""
+        if self._closed:
+            raise DrainingError()
+        self._open_calls += 1
         self._idle.clear()
         try:
             yield
         finally:
-            self._running -= 1
-            if not self._running:
+            self._open_calls -= 1
+            if not self._open_calls:
                 self._idle.set()
 
     def _measure(self) -> None:
-        self._meters.state(self._running, self._router.connected)
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise DrainingError()
+        self._meters.state(self._open_calls, self._router.connected)
