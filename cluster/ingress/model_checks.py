@@ -126,7 +126,17 @@ def fit_context(spec: GenerationSpec, prompt_tokens: int, max_model_len: int) ->
         refuse(
             "sampling_params.min_tokens", f"must be at most {available}, got {params.min_tokens}"
         )
-    return replace(params, max_tokens=available)
+    return replace(
+        params, max_tokens=default_max_tokens(params.max_tokens, prompt_tokens, max_model_len)
+    )
+
+
+def default_max_tokens(default: int, prompt_tokens: int, max_model_len: int) -> int:
+    """Of a request that gives none: lowered to what fits in the context, but output all the same.
+
+    default: the server's
+    """
+    return max(min(default, max_model_len - prompt_tokens), 1)
 
 
 def check_reply(params: pb.SamplingParams, prompt_tokens: int) -> None:

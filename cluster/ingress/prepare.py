@@ -71,6 +71,8 @@ class Preparation:
     async def prepare(self, request: pb.GenerateRequest, tenant: str) -> PreparedRequest:
         """Raises the errors of ingress/error_table.py."""
         status = self._served.status_for(request.model)
+        excluded = refused_groups(request, status, self._divergence_nats)
+        status = served.without(status, excluded)
         info = served.any_info(status)
         self._prompts.check_length(request.prompt, status)
         spec = validate.generation_spec(request, self._limits, self._defaults)
@@ -100,6 +102,6 @@ class Preparation:
             prompt_ids=ids,
             params=params,
             page_hashes=hashes,
-            excluded_groups=refused_groups(request, status, self._divergence_nats),
+            excluded_groups=excluded,
             plan=plan,
         )

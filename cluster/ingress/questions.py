@@ -12,11 +12,13 @@ from contextlib import AbstractContextManager
 from kvmesh.cluster.ingress import admin_wire, served, validate, wire
 from kvmesh.cluster.ingress.codec import TextCodec
 from kvmesh.cluster.ingress.estimate import estimate_reply, explain_reply
+from kvmesh.cluster.ingress.model_checks import default_max_tokens
 from kvmesh.cluster.ingress.prompts import Prompts
 from kvmesh.cluster.ingress.quality import refused_groups
 from kvmesh.cluster.ingress.refuse import refuse
 from kvmesh.cluster.ingress.router_link import RouterLink
 from kvmesh.cluster.ingress.served import Served
+from kvmesh.cluster.reports import ClusterStatus
 from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.v1alpha import admin_pb2 as admin
@@ -88,10 +90,16 @@ class Questions:
     ) -> pb.EstimateBudgetResponse:
         with self._call():
             status = self._served.status_for(request.model)
-            prompt_tokens, hashes = await self._size(request, tenant)
-            max_tokens = self._limits.default_max_tokens
-            if request.HasField("max_tokens"):
-                max_tokens = request.max_tokens
+            excluded = refused_groups(request, status, self._divergence_nats)
+            accepted = served.without(status, excluded)
+            prompt_tokens, hashes = await self._size(request, tenant, accepted)
+            max_tokens = (
+                request.max_tokens
+                if request.HasField("max_tokens")
+                else default_max_tokens(
+                    self._limits.default_max_tokens, prompt_tokens, served.max_model_len(accepted)
+                )
+            )
             for field, value in (("max_tokens", max_tokens), ("prompt_tokens", prompt_tokens)):
                 RANGES[field].check(field, value)
             n = validate.number_of_choices("n", request, self._limits)
@@ -102,7 +110,7 @@ class Questions:
                 tenant=tenant,
                 priority=request.priority,
                 page_hashes=hashes,
-                excluded_groups=refused_groups(request, status, self._divergence_nats),
+                excluded_groups=excluded,
                 sequences=n,
             )
             return estimate_reply(place, await self._router.estimate(place), status)
@@ -148,12 +156,11 @@ class Questions:
         return admin_wire.groups(self._served.status, self._layout_reason)
 
     async def _size(
-        self, request: pb.EstimateBudgetRequest, tenant: str
+        self, request: pb.EstimateBudgetRequest, tenant: str, status: ClusterStatus
     ) -> tuple[int, tuple[bytes, ...]]:
         """The prompt's length, and its pages' hashes if the prompt itself is given."""
         if request.WhichOneof("size") == "prompt_tokens":
             return request.prompt_tokens, ()
-        status = self._served.status
         ids = await self._prompts.of(request.prompt, tenant, status)
         info = served.any_info(status)
         return len(ids), await self._prompts.page_hashes(ids, tenant, "", info)

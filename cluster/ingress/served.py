@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 from kvmesh.cluster.errors import ContextExceededError, NotReadyError, UnknownModelError
 from kvmesh.cluster.ingress.router_link import RouterLink
@@ -81,8 +82,14 @@ def any_info(status: ClusterStatus) -> EngineInfo:
 
 
 def max_model_len(status: ClusterStatus) -> int:
-    """The longest context of any group, in tokens."""
+    """The longest context of any group, in tokens; for a request, see `without`."""
     return max(report.info.max_model_len for report in status.reports.values())
+
+
+def without(status: ClusterStatus, groups: frozenset[str]) -> ClusterStatus:
+    """As a request sees it that does not accept these groups, but others."""
+    reports = {name: report for name, report in status.reports.items() if name not in groups}
+    return replace(status, reports=reports)
 
 
 def check_model(requested: str, status: ClusterStatus, aliases: frozenset[str]) -> None:

@@ -1773,7 +1773,9 @@ class EstimateBudgetResponse(_message.Message):
     GROUPS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     max_tokens: _builtins.int
-    """As requested, or the default."""
+    """As requested, or the default, which is lowered to what fits in the context after
+    the prompt, as that of GenerateRequest is.
+    """
     feasible_now: _builtins.bool
     feasible_ever: _builtins.bool
     """Whether it would fit on an empty cluster."""
