@@ -34,8 +34,8 @@ class AsyncStream(StreamView):
         print(stream.completion.usage)
 
     Leaving the loop or the `async with` block ends the request on the server; `anext(stream)`
-    takes one delta and leaves it running. A lost connection is resumed where it stopped; no
-    token is emitted twice.
+    takes one delta and leaves it running, while something refers to the stream. A lost connection
+    is resumed where it stopped; no token is emitted twice.
     """
 
     def __init__(self, transport: AsyncTransport, state: StreamState, flow: StreamFlow) -> None:
@@ -68,6 +68,11 @@ class AsyncStream(StreamView):
         """End the request on the server, and a loop over the stream with ClosedError."""
         self._closed = True
         if self._call is not None:
+            self._call.cancel()
+
+    def __del__(self) -> None:
+        """A stream that nobody can read any more ends its request, too."""
+        if self._call is not None and not self._closed:
             self._call.cancel()
 
     async def __aenter__(self) -> Self:

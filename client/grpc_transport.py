@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -53,50 +55,48 @@ class GrpcStreamCall:
         self._silence_timeout_s = silence_timeout_s
         self._waiting_since: float | None = None  # while a read waits
         self._silent = False
-        self._timer: threading.Timer | None = None
-        self._ended = False
+        # Its `put` takes no lock that a thread could have when garbage collection cancels the call.
+        self._ended: queue.SimpleQueue[None] = queue.SimpleQueue()
         if silence_timeout_s is not None:
-            self._watch_for(silence_timeout_s)
+            self._watch(silence_timeout_s)
 
     def read(self) -> pb.GenerateStreamResponse | None:
         self._waiting_since = time.monotonic()
         try:
             event: pb.GenerateStreamResponse = next(self._call)
         except StopIteration:
-            self._end_watch()
+            self._ended.put(None)
             return None
         except grpc.RpcError as error:
-            self._end_watch()
+            self._ended.put(None)
             raise (_lost(self._silence_timeout_s) if self._silent else _failure(error)) from None
         self._waiting_since = None
         return event
 
     def cancel(self) -> None:
-        self._end_watch()
+        self._ended.put(None)
         self._call.cancel()
 
-    def _watch_for(self, seconds: float) -> None:
-        self._timer = threading.Timer(seconds, self._check)
-        self._timer.daemon = True
-        self._timer.start()
+    def _watch(self, limit_s: float) -> None:
+        """Start to watch, until the call has ended."""
+        threading.Thread(
+            target=self._wait_for_silence,
+            args=(limit_s, self._ended),
+            name="kvmesh-silence",
+            daemon=True,
+        ).start()
 
-    def _end_watch(self) -> None:
-        self._ended = True
-        if self._timer is not None:
-            self._timer.cancel()
-
-    def _check(self) -> None:
-        """One timer, however many events arrive meanwhile: it looks when the last one came."""
-        assert self._silence_timeout_s is not None
-        since, now = self._waiting_since, time.monotonic()
-        remaining_s = self._silence_timeout_s - (0.0 if since is None else now - since)
-        if self._ended:
-            return
-        if remaining_s > 0:
-            self._watch_for(remaining_s)
-        else:
-            self._silent = True
-            self._call.cancel()
+    def _wait_for_silence(self, limit_s: float, ended: queue.SimpleQueue[None]) -> None:
+        """It looks when the last event came, however many arrive while it waits."""
+        remaining_s = limit_s
+        while remaining_s > 0:
+            with contextlib.suppress(queue.Empty):
+                ended.get(timeout=remaining_s)
+                return
+            since, now = self._waiting_since, time.monotonic()
+            remaining_s = limit_s - (0.0 if since is None else now - since)
+        self._silent = True
+        self._call.cancel()
 
 
 class GrpcTransport:
@@ -183,6 +183,7 @@ class AsyncGrpcStreamCall:
     def __init__(self, call: Any, silence_timeout_s: float | None) -> None:
         self._call = call
         self._silence_timeout_s = silence_timeout_s
+        self._loop = asyncio.get_running_loop()
 
     async def read(self) -> pb.GenerateStreamResponse | None:
         try:
@@ -201,7 +202,8 @@ class AsyncGrpcStreamCall:
         return response
 
     def cancel(self) -> None:
-        self._call.cancel()
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and its calls with it
+            self._loop.call_soon_threadsafe(self._call.cancel)
 
 
 class AsyncGrpcTransport:

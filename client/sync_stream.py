@@ -35,8 +35,8 @@ class Stream(StreamView):
         print(stream.completion.usage)
 
     Leaving the loop or the `with` block ends the request on the server; `next(stream)`
-    takes one delta and leaves it running. A lost connection is resumed where it stopped; no
-    token is emitted twice.
+    takes one delta and leaves it running, while something refers to the stream. A lost connection
+    is resumed where it stopped; no token is emitted twice.
     """
 
     def __init__(self, transport: Transport, state: StreamState, flow: StreamFlow) -> None:
@@ -69,6 +69,11 @@ class Stream(StreamView):
         """End the request on the server, and a loop over the stream with ClosedError."""
         self._closed = True
         if self._call is not None:
+            self._call.cancel()
+
+    def __del__(self) -> None:
+        """A stream that nobody can read any more ends its request, too."""
+        if self._call is not None and not self._closed:
             self._call.cancel()
 
     def __enter__(self) -> Self:

@@ -72,7 +72,10 @@ class StreamCall(Protocol):
         """The next event, or None at the end of a stream whose status is OK."""
 
     def cancel(self) -> None:
-        """End the call; does nothing if it has ended. May be called from any thread."""
+        """End the call; does nothing if it has ended.
+
+        May be called from any thread, and by garbage collection.
+        """
 
 
 class Transport(Protocol):
@@ -99,6 +102,8 @@ class Transport(Protocol):
 
 
 class AsyncStreamCall(Protocol):
+    """As StreamCall, also in what may call `cancel`."""
+
     async def read(self) -> pb.GenerateStreamResponse | None: ...
 
     def cancel(self) -> None: ...

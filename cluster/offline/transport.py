@@ -89,11 +89,16 @@ class AsyncLocalStreamCall:
 
     def __init__(self, events: AsyncGenerator[Any, None]) -> None:
         self._events = events
+        self._loop = asyncio.get_running_loop()
 
     async def read(self) -> pb.GenerateStreamResponse | None:
         return await anext(self._events, None)
 
     def cancel(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and its generators with it
+            self._loop.call_soon_threadsafe(self._close)
+
+    def _close(self) -> None:
         self._closing = asyncio.ensure_future(self._events.aclose())
 
 

@@ -53,6 +53,30 @@ async def test_deltas_can_be_awaited_one_by_one() -> None:
     assert stream.completion.text == "a b"
 
 
+def test_a_stream_that_nothing_refers_to_ends() -> None:
+    fake = FakeTransport(["a b"])
+    stream = stream_of(fake)
+    next(stream)
+    del stream
+    assert fake.server.open_streams == 0
+    left = iter(stream_of(fake))
+    next(left)
+    assert fake.server.open_streams == 1, "a loop refers to its stream"
+    del left
+    assert fake.server.open_streams == 0
+    list(stream_of(fake))
+    assert fake.server.open_streams == 0, "it has ended before"
+
+
+async def test_a_stream_of_the_asyncio_client_that_nothing_refers_to_ends() -> None:
+    fake = AsyncFakeTransport(["a b"])
+    stream = AsyncClient(transport=fake).generate_stream("hi")
+    await anext(stream)
+    assert fake.server.open_streams == 1
+    del stream
+    assert fake.server.open_streams == 0
+
+
 def test_a_loop_continues_after_what_was_taken() -> None:
     fake = FakeTransport(["a b c d"])
     stream = stream_of(fake)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -139,9 +140,9 @@ def limit_silence(stream: Any, seconds: float) -> None:
     call = stream._call
     call._silence_timeout_s = seconds
     if isinstance(call, grpc_transport.GrpcStreamCall):
-        assert call._timer is not None
-        call._timer.cancel()
-        call._watch_for(seconds)
+        call._ended.put(None)
+        call._ended = queue.SimpleQueue()
+        call._watch(seconds)
 
 
 def read_silent(target: str, asynchronous: bool, retry: RetryPolicy) -> Any:
@@ -203,6 +204,54 @@ def test_a_reader_that_pauses_is_not_a_silent_server() -> None:
         assert stream.completion.text == "a"
 
 
+def held() -> ScriptedServicer:
+    """Its streams begin, and then stay open until their readers end them."""
+
+    def act(request: Any, context: grpc.ServicerContext) -> Iterator[pb.GenerateStreamResponse]:
+        yield started(request)
+        yield delta(0, "a", 1)
+        assert servicer.ended.wait(60)
+
+    servicer = ScriptedServicer(act)
+    return servicer
+
+
+@pytest.mark.parametrize("silence_timeout_s", [None, 1000.0])
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_a_stream_that_nothing_refers_to_ends_its_call(
+    in_thread: bool, silence_timeout_s: float | None
+) -> None:
+    """Whether its silence is watched or not; garbage is collected in any thread."""
+    servicer = held()
+    with (
+        serving(servicer) as target,
+        Client(target, silence_timeout_s=silence_timeout_s) as client,
+    ):
+        streams = [client.generate_stream("hi")]
+        next(streams[0])
+        if in_thread:
+            thread = threading.Thread(target=streams.clear)
+            thread.start()
+            thread.join()
+        streams.clear()
+        assert servicer.ended.wait(60)
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+async def test_a_stream_of_the_asyncio_client_that_nothing_refers_to_ends_its_call(
+    in_thread: bool,
+) -> None:
+    servicer = held()
+    with serving(servicer) as target:
+        async with AsyncClient(target) as client:
+            streams = [client.generate_stream("hi")]
+            await anext(streams[0])
+            if in_thread:
+                await asyncio.to_thread(streams.clear)
+            streams.clear()
+            assert await asyncio.to_thread(servicer.ended.wait, 60)
+
+
 @pytest.mark.parametrize("seconds", [0, -1.0, float("nan"), float("inf")])
 @pytest.mark.parametrize("kind", [Client, AsyncClient])
 def test_a_limit_must_be_positive(kind: Any, seconds: float) -> None:
@@ -262,8 +311,9 @@ def test_a_long_silence_does_not_end_a_connection_with_too_many_pings(
 
 
 def test_a_call_that_its_reader_ends_is_watched_no_longer() -> None:
+    before = set(threading.enumerate())
     call = grpc_transport.GrpcStreamCall(SimpleNamespace(cancel=lambda: None), 1000.0)
-    timer = call._timer
-    assert timer is not None and not timer.finished.is_set()
+    (watch,) = [x for x in {*threading.enumerate()} - before if x.name == "kvmesh-silence"]
     call.cancel()
-    assert timer.finished.is_set()
+    watch.join(60)
+    assert not watch.is_alive()

@@ -123,6 +123,16 @@ def test_a_stream_gives_the_same_in_pieces(llm: LLM) -> None:
     assert last.finish_reason is kvmesh.FinishReason.LENGTH
 
 
+def test_a_stream_that_nothing_refers_to_ends(llm: LLM) -> None:
+    def aborted() -> int:
+        return llm.client.loads().groups[0].outcomes_total.get("abort", 0)
+
+    before = aborted()
+    next(llm.stream(PROMPTS[0], max_tokens=400, **GREEDY))
+    assert idle(llm)
+    assert aborted() == before + 1
+
+
 # Errors
 
 
