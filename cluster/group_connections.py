@@ -106,12 +106,16 @@ class GroupConnections:
             name, connection, message.info, message.address, message.started_ns, message.node
         )
         self._names[connection] = name
-        self._settle(self._router.group_up(name, message.info, message.leases, now))
-        self.account(name, AccountNews(message.update, message.pages))
         not_wanted = name in self._configured and name not in self.expected
         if message.draining or not_wanted or name != message.group:
             self.close(name)
         self._close_leaving()
+        # Who closes has done so by now, as the router admits those that wait at once.
+        closed = self._groups[name].closed
+        self._settle(
+            self._router.group_up(name, message.info, message.leases, now, draining=closed)
+        )
+        self.account(name, AccountNews(message.update, message.pages))
 
     def down(self, connection: Link) -> None:
         """A connection is lost; nothing happens if no group's engine was at its other end."""

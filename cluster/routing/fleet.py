@@ -45,11 +45,13 @@ class Fleet:
         group = self.groups.get(name)
         return None if group is None else group.account
 
-    def up(self, name: str, info: EngineInfo) -> None:
+    def up(self, name: str, info: EngineInfo, *, draining: bool) -> None:
         """A group that was not up is there, and has no leases so far."""
         pace = self._tuning.pace
         account = Account(name, info, self._tuning.block_pages)
-        self.groups[name] = Group(name, info, 0, account, Backlog(pace), pace.decode_step_s)
+        self.groups[name] = Group(
+            name, info, 0, account, Backlog(pace), pace.decode_step_s, draining
+        )
         kinds = {EngineKind.of(group.info): 0 for group in self.groups.values()}
         self.kinds = tuple(kinds)
         for group in self.groups.values():
@@ -62,8 +64,9 @@ class Fleet:
             self.index.clear(name)
 
     def drain(self, name: str) -> None:
-        """A group finishes what it has and takes nothing new; its leases stay."""
-        self.groups[name].draining = True
+        """A group, if it is known, takes nothing new and finishes what it has; its leases stay."""
+        if (group := self.groups.get(name)) is not None:
+            group.draining = True
 
     def retire(self, name: str, as_name: str) -> None:
         """A draining group leaves its name to another, and ends its leases under `as_name`."""

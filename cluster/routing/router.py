@@ -122,14 +122,21 @@ class Router:
     # Engines
 
     def group_up(
-        self, group: str, info: EngineInfo, leases: Iterable[LeaseTerms], now: float
+        self,
+        group: str,
+        info: EngineInfo,
+        leases: Iterable[LeaseTerms],
+        now: float,
+        *,
+        draining: bool = False,
     ) -> list[Outcome]:
-        """A group's engine is connected, and runs under these leases. It takes requests at once.
+        """A group's engine is connected, and runs under these leases.
 
-        Leases from before it connected are void unless it lists them.
+        It takes requests at once, unless it drains. Leases from before it connected are void
+        unless it lists them.
         """
         self._void(group, now)
-        self.fleet.up(group, info)
+        self.fleet.up(group, info, draining=draining)
         for terms in leases:
             self.leases.adopt(group, terms, now)
         self.admission.missing.discard(group)

@@ -90,12 +90,20 @@ class Routed:
         )
         self.engines = {name: self.engine(name) for name in groups}
 
-    def engine(self, name: str, started_ns: int = 5, leases: tuple[LeaseTerms, ...] = ()) -> FarEnd:
+    def engine(
+        self,
+        name: str,
+        started_ns: int = 5,
+        leases: tuple[LeaseTerms, ...] = (),
+        *,
+        node: str = "node",
+        draining: bool = False,
+    ) -> FarEnd:
         connected = FarEnd(self)
         info = make_info(max_sequences=1, epoch=f"{name}-{started_ns}")
         address = Address(name, started_ns)
         connected.peer.received(
-            Hello(name, started_ns, "node", False, info, address, leases, NO_NEWS, NO_PAGES)
+            Hello(name, started_ns, node, draining, info, address, leases, NO_NEWS, NO_PAGES)
         )
         return connected
 
@@ -445,3 +453,22 @@ def test_pages_of_the_prefix_cache_attract_requests_until_they_are_dropped() -> 
     routed.engines["g1"].says(AccountNews(NO_NEWS, PageChanges((), (block, prompt[15]))))
     # Nobody holds anything, and the group that is listed first is as good as the other.
     assert placed(ingress, "b", 2, prompt=256, page_hashes=prompt).group == "g0"
+
+
+@pytest.mark.parametrize("leaves", ["draining", "not wanted", "node"])
+def test_who_waits_does_not_go_to_an_engine_that_connects_again_and_leaves(leaves: str) -> None:
+    routed = Routed("g0", "g1")
+    ingress = FarEnd(routed)
+    routed.engines["g0"].peer.lost()
+    placed(ingress, "a", 1)
+    ingress.says(Place(2, ask("b")))
+    groups = routed.service.groups
+    if leaves == "not wanted":
+        groups.expect(frozenset({"g1"}))
+    elif leaves == "node":
+        groups.nodes_leave(frozenset({"old"}))
+    back = routed.engine("g0", node="old", draining=leaves == "draining")
+    assert groups["g0"].closed and not groups["g1"].closed
+    assert (routed.waiting, back.heard) == (1, [])
+    routed.engines["g0"] = routed.engine("g0", started_ns=6, node="new")
+    assert routed.waiting == (1 if leaves == "not wanted" else 0)
