@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 class ConnectedGroup:
     """A group whose engine is connected.
 
-    started_ns, node: of the engine, see Hello
+    started_ns, node, draining: of the engine, see Hello
     closed: it takes nothing new
     """
 
@@ -34,6 +34,7 @@ class ConnectedGroup:
     address: Address
     started_ns: int
     node: str
+    draining: bool
     closed: bool = False
 
 
@@ -103,7 +104,13 @@ class GroupConnections:
             "group %s is up with %d leases", name, len(message.leases), extra=about(group=name)
         )
         self._groups[name] = ConnectedGroup(
-            name, connection, message.info, message.address, message.started_ns, message.node
+            name,
+            connection,
+            message.info,
+            message.address,
+            message.started_ns,
+            message.node,
+            message.draining,
         )
         self._names[connection] = name
         not_wanted = name in self._configured and name not in self.expected
@@ -146,9 +153,11 @@ class GroupConnections:
 
     def report(self, name: str, message: Report) -> None:
         """An engine's periodic report, which the ledger may have to agree with."""
+        group = self._groups[name]
         if message.report.draining:
+            group.draining = True
             self.close(name)
-        self._reports.latest[name] = replace(message.report, draining=self._groups[name].closed)
+        self._reports.latest[name] = replace(message.report, draining=group.closed)
         if message.audited:
             self._reports.audits += 1
             account = self._router.fleet.account(name)
@@ -162,12 +171,18 @@ class GroupConnections:
         self._reports.reported(name)
 
     def expect(self, groups: frozenset[str]) -> None:
-        """These groups are to be up from now on; others close, and are forgotten once they left."""
+        """These groups are to be up from now on; others close, and are forgotten once they left.
+
+        One that is wanted again, and whose engine does not drain, takes requests again.
+        """
         for name in self.expected - groups:
             self.close(name)
             if name not in self._groups and name in self._router.fleet.groups:
                 self._forget(name)
+        for name in groups - self.expected:
+            self._reopen(name)
         self.expected = groups
+        self._close_leaving()
 
     def nodes_leave(self, nodes: frozenset[str]) -> None:
         """These nodes of the Ray cluster end soon, and their groups with them."""
@@ -181,6 +196,14 @@ class GroupConnections:
             logger.info("group %s takes nothing new", name, extra=about(group=name))
             group.closed = True
             self._router.fleet.drain(name)
+
+    def _reopen(self, name: str) -> None:
+        """Those that wait are admitted at the next tick."""
+        group = self._groups.get(name)
+        if group is not None and group.closed and not group.draining:
+            logger.info("group %s takes requests again", name, extra=about(group=name))
+            group.closed = False
+            self._router.fleet.reopen(name)
 
     def _leaves(self, group: ConnectedGroup) -> bool:
         return group.closed or group.node in self.leaving_nodes

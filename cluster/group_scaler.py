@@ -27,7 +27,7 @@ class GroupScaler:
     """Has Serve run the groups that are wanted.
 
     groups: all that may run, in order
-    running: those that Serve runs now
+    running: those that Serve runs; it may run others that it could not be asked about
     set_replicas: has Serve run so many replicas of a group, 0 or 1; raises ScalingError
     """
 
@@ -41,7 +41,9 @@ class GroupScaler:
     ) -> None:
         self._service = service
         self._autoscaler = Autoscaler(policy, groups, running, service.clock())
-        self._running = frozenset(running)
+        self._groups = tuple(groups)
+        # Replicas of groups, as Serve has taken them; without those of which that is not known.
+        self._replicas = dict.fromkeys(running, 1)
         self._set_replicas = set_replicas
         service.on_refused = self._autoscaler.note_refused
 
@@ -59,18 +61,22 @@ class GroupScaler:
             return  # the groups of a former router are still connecting
         wanted = self._autoscaler.decide(fleet_load(service.router, now), now)
         service.groups.expect(wanted)
-        for group in sorted(wanted ^ self._running):
+        for group in self._groups:
             count = int(group in wanted)
+            if self._replicas.get(group) == count:
+                continue
+            # Serve may have taken a number although it did not say so.
+            self._replicas.pop(group, None)
             try:
                 await self._set_replicas(group, count)
             except ScalingError as error:
                 logger.warning("cannot scale group %s: %s", group, error, extra=about(group=group))
                 continue
             logger.info(
-                "group %s %s; %d are wanted",
+                "Serve runs %d replicas of group %s; %d groups are wanted",
+                count,
                 group,
-                "is added" if count else "is removed",
                 len(wanted),
                 extra=about(group=group),
             )
-            self._running ^= {group}
+            self._replicas[group] = count

@@ -68,6 +68,10 @@ class Fleet:
         if (group := self.groups.get(name)) is not None:
             group.draining = True
 
+    def reopen(self, name: str) -> None:
+        """A draining group takes requests after all."""
+        self.groups[name].draining = False
+
     def retire(self, name: str, as_name: str) -> None:
         """A draining group leaves its name to another, and ends its leases under `as_name`."""
         group = self.groups.pop(name)

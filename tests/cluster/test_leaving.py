@@ -9,7 +9,7 @@ import pytest
 from kvmesh.cluster import router_service
 from kvmesh.cluster.group_scaler import GroupScaler, ScalingError
 from kvmesh.cluster.leaving import name_while_leaving, to_close
-from kvmesh.cluster.messages import Report
+from kvmesh.cluster.messages import Place, Report
 from kvmesh.cluster.reports import EngineReport
 from kvmesh.cluster.routing.autoscaling import AutoscalingPolicy
 from kvmesh.cluster.routing.errors import NoRoomError
@@ -18,6 +18,8 @@ from kvmesh.workers.loads import EngineLoads
 from tests.cluster.machine import Machine, WatchedEngine, answer, machine
 from tests.cluster.test_generation import PROMPT, make_request, read, read_until, rest_of
 from tests.cluster.test_leases import Zombie
+from tests.cluster.test_router_service import FarEnd, Routed, placed, report
+from tests.routing.groups import ask
 from tests.workers.test_leader import MANY, GatedExecutor
 
 
@@ -198,6 +200,58 @@ async def test_groups_are_started_and_stopped_as_the_load_asks_for_them() -> Non
         two.router.tick()
         assert [two.router.meters.of(table.GROUP_WANTED, name) for name in ("g0", "g1")] == [1, 1]
         assert [two.router.meters.of(table.GROUP_UP, name) for name in ("g0", "g1")] == [1, 0]
+
+
+@pytest.mark.parametrize("took_it", [False, True])
+async def test_a_group_that_is_wanted_again_runs_whether_or_not_serve_took_its_end(
+    took_it: bool,
+) -> None:
+    routed = Routed("g0", "g1")
+    asked: list[tuple[str, int]] = []
+    fails = [ScalingError("no answer")]
+
+    async def set_replicas(group: str, count: int) -> None:
+        asked.append((group, count))
+        if fails:
+            raise fails.pop()
+
+    policy = AutoscalingPolicy(1, down_after_s=0.0)
+    scaler = GroupScaler(routed.service, policy, ["g0", "g1"], ["g0", "g1"], set_replicas)
+    await scaler.step()
+    assert routed.service.groups["g1"].closed
+    if took_it:
+        routed.engines["g1"].says(report(draining=True))
+    routed.service.on_refused(NoRoomError("full", 1.0, 2, 1))
+    await scaler.step()
+    assert asked == [("g1", 0), ("g1", 1)]
+    ingress = FarEnd(routed)
+    placed(ingress, "a", 1)
+    ingress.says(Place(2, ask("b")))
+    assert routed.waiting == took_it, "its engine ends, and Serve starts another"
+    assert routed.service.groups["g1"].closed == took_it
+
+
+async def test_serve_hears_of_groups_that_it_could_not_be_asked_about() -> None:
+    routed = Routed("g0")
+    asked: list[tuple[str, int]] = []
+
+    async def set_replicas(group: str, count: int) -> None:
+        asked.append((group, count))
+
+    scaler = GroupScaler(routed.service, AutoscalingPolicy(1), ["g0", "g1"], ["g0"], set_replicas)
+    await scaler.step()
+    await scaler.step()
+    assert asked == [("g1", 0)]
+
+
+def test_a_group_that_is_wanted_again_stays_closed_while_its_node_leaves() -> None:
+    routed = Routed("g0", "g1")
+    groups = routed.service.groups
+    groups["g1"].node = "old"
+    groups.nodes_leave(frozenset({"old"}))
+    groups.expect(frozenset({"g0"}))
+    groups.expect(frozenset({"g0", "g1"}))
+    assert groups["g1"].closed and not groups["g0"].closed
 
 
 async def test_a_request_that_waits_goes_to_the_group_that_comes() -> None:
