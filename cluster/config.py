@@ -242,7 +242,9 @@ class TenantSection(Settings):
         default=1.0, gt=0, description="Share of KV memory relative to other tenants"
     )
     quota_bytes: Bytes | None = Field(
-        default=None, description="Maximum KV bytes leased to it at a time; null: no limit"
+        default=None,
+        description="Maximum KV bytes leased to it at a time, for its requests to start; outputs "
+        "that grow count, but are not held up; null: no limit",
     )
 
 

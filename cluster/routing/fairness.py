@@ -8,13 +8,19 @@ neither save up while idle, nor pay later for what it left unused.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
 class TenantPolicy:
-    """weight: share relative to others'; quota_bytes: limit of KV bytes leased at once, or None."""
+    """What one tenant may use.
+
+    weight: share relative to others'
+    quota_bytes: limit of KV bytes leased at once, or None. Requests wait for it; those that
+        run may pass it as their outputs grow.
+    """
 
     weight: float = 1.0
     quota_bytes: int | None = None
@@ -37,7 +43,7 @@ class _Use:
 
 @dataclass(slots=True)
 class Tenants:
-    """The virtual counters. A lease is charged in advance, and settled when it ends.
+    """The virtual counters. A lease is charged in advance, and settled when it grows or ends.
 
     limit: tenants to remember, idle ones included
     """
@@ -58,6 +64,11 @@ class Tenants:
     def leased_bytes(self, tenant: str) -> int:
         use = self._uses.get(tenant)
         return 0 if use is None else use.leased_bytes
+
+    @property
+    def leased(self) -> Counter[str]:
+        """Bytes leased, by tenant."""
+        return Counter({tenant: use.leased_bytes for tenant, use in self._uses.items()})
 
     def live(self, tenant: str) -> int:
         """Requests that wait or run."""
@@ -85,13 +96,13 @@ class Tenants:
                 self._forget()
 
     def charge(self, tenant: str, lease_bytes: int, seconds: float) -> None:
-        """Projected byte-seconds of a lease just granted."""
+        """Projected byte-seconds of a lease that was granted, or has grown."""
         use = self._uses[tenant]
         use.leased_bytes += lease_bytes
         use.counter += lease_bytes * seconds / self.policy(tenant).weight
 
     def settle(self, tenant: str, lease_bytes: int, over_s: float) -> None:
-        """The lease ended; `over_s` is its real less its projected length."""
+        """The lease ended, or grows; `over_s` is its real less its projected time so far."""
         use = self._uses[tenant]
         use.leased_bytes -= lease_bytes
         use.counter += lease_bytes * over_s / self.policy(tenant).weight

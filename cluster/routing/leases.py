@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 
 from kvmesh.cluster.routing.errors import LedgerError
@@ -53,18 +53,15 @@ class Leases(Mapping[str, Lease]):
         self._by_id[lease.lease_id] = live.lease = lease
         self._not_arrived.append(lease)
         cached = demand.cached_tokens(group.name, group.info.geometry.page_size)
-        lease.charged_s = projected_s(group, demand, now)
-        lease.charged_bytes = group.info.geometry.bytes_of(here.leased, request.sequences)
-        group.timeline.add(lease, now + lease.charged_s)
+        self._charge(lease, now + projected_s(group, demand, now), now)
         group.backlog.add(lease.lease_id, request.prompt_tokens - cached, cached, now)
-        self._fleet.tenants.charge(request.tenant, lease.charged_bytes, lease.charged_s)
         self._fleet.index.add(group.name, demand.blocks)
         return Placement(
             request_id=request.request_id,
             group=group.name,
             engine_epoch=group.info.epoch,
             lease=lease.terms,
-            lease_bytes=lease.charged_bytes,
+            lease_bytes=self._bytes(lease),
             queue_s=now - live.since,
             leased_output_tokens=demand.leased_tokens,
             cached_tokens=cached,
@@ -74,7 +71,7 @@ class Leases(Mapping[str, Lease]):
     def adopt(self, group: str, terms: LeaseTerms, now: float) -> None:
         """Enter a lease that is not in the ledger and whose sequences the engine has."""
         lease = self._by_id[terms.lease_id] = self._account(group).adopt(terms, now)
-        self._fleet.groups[group].timeline.add(lease, now + self.mean_s)
+        self._charge(lease, now + self.mean_s, now)
 
     def first_token(self, lease: Lease, now: float) -> None:
         """The lease's first token is out: its prompt, and those before it, are computed."""
@@ -117,12 +114,10 @@ class Leases(Mapping[str, Lease]):
         group = self._fleet.groups[lease.group]
         self._account(lease.group).release(lease)
         del self._by_id[lease.lease_id]
-        group.timeline.remove(lease)
+        self._settle(lease, self._bytes(lease), now)
         group.backlog.drop(lease.lease_id, now)
         self._wanting.discard(lease)
         if lease.request is not None:
-            over_s = now - lease.granted_at - lease.charged_s
-            self._fleet.tenants.settle(lease.request.tenant, lease.charged_bytes, over_s)
             self._fleet.tenants.leave(lease.request.tenant)
 
     def void(self, group: str, now: float) -> list[Lease]:
@@ -148,7 +143,7 @@ class Leases(Mapping[str, Lease]):
         return late
 
     def check_integrity(self) -> None:
-        """Raise LedgerError unless all accounts are the sums of their leases."""
+        """Raise LedgerError unless all accounts, and tenants' use, are the sums of their leases."""
         groups = self._fleet.groups.values()
         accounts = [group.account for group in groups if group.account is not None]
         for account in accounts:
@@ -156,26 +151,51 @@ class Leases(Mapping[str, Lease]):
         entered = {lease.lease_id for account in accounts for lease in account.by_age()}
         if entered != self._by_id.keys():
             raise LedgerError(f"leases {entered ^ self._by_id.keys()} are not in both places")
+        leased = Counter[str]()
+        for lease in self._by_id.values():
+            if lease.request is not None:
+                leased[lease.request.tenant] += self._bytes(lease)
+        if leased != (charged := self._fleet.tenants.leased):
+            raise LedgerError(f"tenants are charged for {charged}, their leases sum to {leased}")
 
     def _account(self, group: str) -> Account:
         account = self._fleet.account(group)
         assert account is not None, f"there are no leases on {group}, which is not up"
         return account
 
+    def _bytes(self, lease: Lease) -> int:
+        geometry = self._fleet.groups[lease.group].info.geometry
+        return geometry.bytes_of(lease.need, lease.sequences)
+
+    def _charge(self, lease: Lease, ends_at: float, now: float) -> None:
+        """Expect the lease's end, and charge its tenant until then."""
+        self._fleet.groups[lease.group].timeline.add(lease, ends_at)
+        if lease.request is not None:
+            self._fleet.tenants.charge(lease.request.tenant, self._bytes(lease), ends_at - now)
+
+    def _settle(self, lease: Lease, charged_bytes: int, now: float) -> None:
+        """Undo `_charge`, but for what the tenant has used until now."""
+        self._fleet.groups[lease.group].timeline.remove(lease)
+        if lease.request is not None:
+            self._fleet.tenants.settle(lease.request.tenant, charged_bytes, now - lease.ends_at)
+
     def _grow(self, lease: Lease, want: LeaseWant, now: float) -> bool:
-        """Extend the lease beyond what it wants, else by just that; never past its maximum."""
+        """Extend the lease beyond what it wants, else by just that; never past its maximum.
+
+        Its tenant is charged, but not held to its quota, as others' leases need its end.
+        """
         group = self._fleet.groups[lease.group]
         geometry = group.info.geometry
         max_tokens = min(
             geometry.tokens_within(lease.max.sealed // lease.sequences), group.info.max_model_len
         )
-        output = want.tokens - want.prompt_tokens
+        output, charged_bytes = want.tokens - want.prompt_tokens, self._bytes(lease)
         for target in (int(output * GROWTH), output):
             tokens = min(want.prompt_tokens + target, max_tokens)
             sealed = geometry.sealed_need(tokens) * lease.sequences
             if self._account(lease.group).grow(lease, max(lease.need.sealed, sealed)):
                 more_s = max(tokens - want.tokens, 0) * group.decode_step_s
-                group.timeline.remove(lease)
-                group.timeline.add(lease, now + more_s)
+                self._settle(lease, charged_bytes, now)
+                self._charge(lease, now + more_s, now)
                 return True
         return False

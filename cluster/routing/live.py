@@ -32,7 +32,7 @@ class Lease:
     shared: sealed pages of those blocks that others paid for when it was granted
     request: None if the lease was adopted, when nothing is known of its request
     arrived: its engine has its sequences
-    ends_at: projected; charged_s: projected length that its tenant was charged for
+    ends_at: projected; its tenant is charged until then
     want: growth that waits for pages
     """
 
@@ -49,8 +49,6 @@ class Lease:
     arrived: bool = False
     first_token_at: float | None = None
     ends_at: float = 0.0
-    charged_bytes: int = 0
-    charged_s: float = 0.0
     want: LeaseWant | None = None
 
     @property

@@ -7,11 +7,22 @@ from dataclasses import replace
 import pytest
 
 from kvmesh.cluster.routing.errors import LedgerError
+from kvmesh.cluster.routing.fairness import TenantPolicy
 from kvmesh.cluster.routing.live import Lease
-from kvmesh.cluster.routing.outcome import Placement
+from kvmesh.cluster.routing.outcome import Enqueued, Placement
 from kvmesh.cluster.routing.router import Router
 from kvmesh.workers.lease import LeaseWant
-from tests.routing.groups import SLOW, emit, end, foreign, make_info, place, router_with
+from tests.routing.groups import (
+    SLOW,
+    ask,
+    emit,
+    end,
+    foreign,
+    granted,
+    make_info,
+    place,
+    router_with,
+)
 
 GEOMETRY = replace(make_info().geometry, state_bytes=5000)
 INFO = replace(make_info(sealed=1000), geometry=GEOMETRY)
@@ -42,7 +53,7 @@ def test_a_grant_charges_all_sequences_and_what_is_not_cached() -> None:
     end(router, first, 5.0)
     made = place(router, "b", 1600, 16, 10.0, page_hashes=PAGES, sequences=2)
     lease, backlog = lease_of(router, made), router.fleet.groups["g0"].backlog
-    assert made.lease_bytes == lease.charged_bytes == GEOMETRY.bytes_of(lease.need, 2)
+    assert made.lease_bytes == GEOMETRY.bytes_of(lease.need, 2)
     assert made.cached_tokens == 1536
     assert backlog.seconds(10.0) == pytest.approx(SLOW.prefill_s(1600 - 1536, 1536))
     router.leases.check_integrity()
@@ -59,11 +70,40 @@ def test_an_adopted_lease_is_expected_to_last_as_long_as_others() -> None:
 def test_a_tenant_is_charged_for_the_time_that_it_had_the_lease() -> None:
     router = router_that_expects()
     made = place(router, "a", 160, 160, 5.0, tenant="x")
-    charged_bytes, charged_s = made.lease_bytes, lease_of(router, made).charged_s
-    use = router.fleet.tenants.counter
-    assert use("x") == pytest.approx(charged_bytes * charged_s)
+    ends_at, use = lease_of(router, made).ends_at, router.fleet.tenants.counter
+    assert use("x") == pytest.approx(made.lease_bytes * (ends_at - 5.0))
     end(router, made, 12.0)
-    assert use("x") == pytest.approx(charged_bytes * 7.0)
+    assert use("x") == pytest.approx(made.lease_bytes * 7.0)
+
+
+def test_a_tenant_is_charged_for_what_a_lease_grows_from_then_on() -> None:
+    router = router_that_expects(output_tokens=16)
+    made = place(router, "a", 160, 160, 5.0, tenant="x", sequences=2)
+    lease, tenants = lease_of(router, made), router.fleet.tenants
+    grow(router, lease, 40, 8.0)
+    grown_bytes = GEOMETRY.bytes_of(lease.need, 2)
+    assert tenants.leased_bytes("x") == grown_bytes > made.lease_bytes
+    expected = made.lease_bytes * 3.0 + grown_bytes * (lease.ends_at - 8.0)
+    assert tenants.counter("x") == pytest.approx(expected)
+    router.leases.check_integrity()
+    end(router, made, 12.0)
+    assert tenants.leased_bytes("x") == 0
+    assert tenants.counter("x") == pytest.approx(made.lease_bytes * 3.0 + grown_bytes * 4.0)
+
+
+def test_a_lease_may_grow_past_its_tenants_quota_and_others_of_it_wait() -> None:
+    router = router_that_expects(output_tokens=16)
+    lease_bytes = place(router, "size", 160, 160, 0.0).lease_bytes
+    policies = {"x": TenantPolicy(quota_bytes=2 * lease_bytes)}
+    router = router_with(
+        groups={"g0": INFO}, pace=SLOW, min_samples=1, ahead_s=1e9, tenants=policies
+    )
+    router.fleet.lengths.learn("default", 160, 16)
+    made = place(router, "a", 160, 160, 0.0, tenant="x")
+    grow(router, lease_of(router, made), 150, 1.0)
+    assert isinstance(router.place(ask("b", tenant="x"), 1.0)[0], Enqueued)
+    assert granted(end(router, made, 2.0)).request_id == "b"
+    router.leases.check_integrity()
 
 
 def test_lengths_are_learned_by_tenant_and_a_pace_from_the_first_gap_on() -> None:

@@ -2180,7 +2180,9 @@ class GetTenantLoadsResponse(_message.Message):
     leased_bytes: _builtins.int
     """KV bytes that are reserved for them."""
     quota_bytes: _builtins.int
-    """The most that the tenant may have reserved at once; unset if there is no limit."""
+    """The most that may be reserved for the tenant when a request starts; unset if there is no
+    limit. Outputs that grow may pass it.
+    """
     def __init__(
         self,
         *,
