@@ -176,6 +176,7 @@ class GroupConnections:
         One that is wanted again, and whose engine does not drain, takes requests again.
         """
         for name in self.expected - groups:
+            self._router.fleet.missing.discard(name)
             self.close(name)
             if name not in self._groups and name in self._router.fleet.groups:
                 self._forget(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 
@@ -31,19 +31,11 @@ NEAR = 8  # so many at the front get a new forecast whenever the queue is read
 class Admission:
     """The queue, and the way out of it.
 
-    missing: of the expected groups, those that were not up so far
-    expected_groups: those that may hold leases of a former router; until they are up, or
-        `rebuild_timeout_s` has passed, every request waits
+    Until the fleet misses no group, or `rebuild_timeout_s` has passed, every request waits:
+    missing ones may hold leases of a former router.
     """
 
-    def __init__(
-        self,
-        config: RouterConfig,
-        fleet: Fleet,
-        leases: Leases,
-        now: float,
-        expected_groups: Collection[str],
-    ) -> None:
+    def __init__(self, config: RouterConfig, fleet: Fleet, leases: Leases, now: float) -> None:
         tuning = config.tuning
         self.queue = WaitingQueue(config.queue_limit)
         self._tuning = tuning
@@ -51,13 +43,12 @@ class Admission:
         self._leases = leases
         self._chooser = Chooser(tuning, fleet.groups)
         self._refusals = Refusals(config, fleet, leases)
-        self.missing = set(expected_groups)
         self._rebuild_until = now + config.rebuild_timeout_s
         self._arrivals = 0
 
     def ready(self, now: float) -> bool:
         """Whether requests are admitted, and not held until the expected groups are up."""
-        return not self.missing or now >= self._rebuild_until
+        return not self._fleet.missing or now >= self._rebuild_until
 
     def arrive(self, request: PlaceRequest, now: float) -> LiveRequest:
         """The record of a request that has just come; nothing is decided yet."""
@@ -105,7 +96,7 @@ class Admission:
         self._fleet.tenants.leave(live.request.tenant)
 
     def admit(self, now: float) -> list[Decision]:
-        """Grant whatever may go now, in the queue's order; refuse what no group can hold now.
+        """Grant whatever may go now, in the queue's order; refuse what never may.
 
         The first that lacks pages is promised the group that has them soonest, and so are
         late ones after it, another group each. Requests may overtake where they do not
@@ -122,8 +113,7 @@ class Admission:
             if not open_groups:
                 break
             demand = self._refresh(live, now)
-            # A group that is still missing may be one that holds it.
-            if not self.missing and self._chooser.fits_nowhere(demand):
+            if self._refusals.fits_nowhere(demand) or self._refusals.exceeds_quota(demand):
                 decisions.append(self._refuse(live, now))
                 continue
             if not self._refusals.within_quota(demand):
@@ -147,7 +137,7 @@ class Admission:
         """What would happen to the request, without placing it."""
         demand, ahead = self._fleet.demand(request), len(self.queue)
         choice = self._chooser.choose(demand, now)
-        never = choice.verdicts.never
+        never = self._refusals.fits_nowhere(demand)
         group = choice.group if not ahead and self.ready(now) else None
         start_s: float | None = 0.0
         if group is None:

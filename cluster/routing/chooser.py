@@ -47,14 +47,6 @@ class Chooser:
             and group.backlog.seconds(now) <= self._weights.ahead_s
         ]
 
-    def fits_nowhere(self, demand: RequestDemand) -> bool:
-        """Whether no group that the request allows could hold it, even when empty."""
-        excluded = demand.request.excluded_groups
-        return all(
-            demand.by_kind[group.kind].never is not None or group.name in excluded
-            for group in self._groups.values()
-        )
-
     def holds_back(self, demand: RequestDemand) -> bool:
         """Whether the prompt would take a group that other requests need.
 

@@ -20,18 +20,20 @@ class Fleet:
     """What changes here decides nothing, and needs no decision.
 
     groups: by name; those that are down stay known
+    missing: of the expected groups, those that were not up so far
     kinds: of the groups' engines
     tenants: and what they use
     index: of the prefixes that groups hold
     lengths: of outputs
     """
 
-    def __init__(self, config: RouterConfig) -> None:
+    def __init__(self, config: RouterConfig, expected_groups: Iterable[str]) -> None:
         tuning = config.tuning
         self.tenants = Tenants(config.tenants, config.tenant_default)
         self.index = PrefixIndex(tuning.index_limit)
         self.lengths = OutputLengths(min_samples=tuning.min_samples)
         self.groups: dict[str, Group] = {}
+        self.missing = set(expected_groups)
         self.kinds: tuple[EngineKind, ...] = ()
         self._tuning = tuning
         self._model = DemandModel(self.lengths, self.index, tuning)
@@ -47,6 +49,7 @@ class Fleet:
 
     def up(self, name: str, info: EngineInfo, *, draining: bool) -> None:
         """A group that was not up is there, and has no leases so far."""
+        self.missing.discard(name)
         pace = self._tuning.pace
         account = Account(name, info, self._tuning.block_pages)
         self.groups[name] = Group(

@@ -17,7 +17,7 @@ from kvmesh.cluster.routing.fleet import Fleet
 from kvmesh.cluster.routing.forecast import earliest_start
 from kvmesh.cluster.routing.leases import Leases
 from kvmesh.cluster.routing.placement import GroupChoice
-from kvmesh.cluster.routing.verdict import Reason, Verdicts
+from kvmesh.cluster.routing.verdict import Verdicts
 
 
 class Refusals:
@@ -38,20 +38,37 @@ class Refusals:
         request, verdicts = demand.request, choice.verdicts
         if not self._fleet.groups:
             return NoGroupError("no group is known", self._config.max_retry_s, 0, 0)
-        if verdicts.never:
-            return _never_fits(verdicts)
-        if all(verdict.never or verdict.reason is Reason.EXCLUDED for verdict in verdicts):
+        if self.fits_nowhere(demand):
+            if verdicts.never:
+                return _never_fits(verdicts)
             message = "every group that could hold it is excluded"
             return self._over_capacity(NoRoomError, message, demand, verdicts, ahead, now)
         quota = self._fleet.tenants.policy(request.tenant).quota_bytes
-        if quota is not None and (min_bytes := _min_bytes(demand)) > quota:
+        if quota is not None and self.exceeds_quota(demand):
             message = "the request alone exceeds its tenant's quota"
-            return QuotaExceededError(message, self._config.max_retry_s, min_bytes, quota)
+            retry_s = self._config.max_retry_s
+            return QuotaExceededError(message, retry_s, _min_bytes(demand), quota)
         if request.timeout_s is not None and choice.group is None:
             start = earliest_start(self._fleet.groups.values(), demand, now)
             if start is not None and start - now > request.timeout_s:
                 return DeadlineUnreachableError(request.timeout_s, start - now)
         return None
+
+    def fits_nowhere(self, demand: RequestDemand) -> bool:
+        """Whether no group that the request allows could hold it, even when empty.
+
+        One that is still missing may.
+        """
+        excluded = demand.request.excluded_groups
+        return not self._fleet.missing and all(
+            demand.by_kind[group.kind].never is not None or group.name in excluded
+            for group in self._fleet.groups.values()
+        )
+
+    def exceeds_quota(self, demand: RequestDemand) -> bool:
+        """Whether the request alone exceeds its tenant's quota."""
+        quota = self._fleet.tenants.policy(demand.request.tenant).quota_bytes
+        return quota is not None and _min_bytes(demand) > quota
 
     def queue_full(
         self, demand: RequestDemand, choice: GroupChoice, ahead: int, now: float

@@ -47,9 +47,9 @@ class Router:
         expected_groups: Collection[str] = (),
     ) -> None:
         self.config = config
-        self.fleet = Fleet(config)
+        self.fleet = Fleet(config, expected_groups)
         self.leases = Leases(self.fleet, epoch)
-        self.admission = Admission(config, self.fleet, self.leases, now, expected_groups)
+        self.admission = Admission(config, self.fleet, self.leases, now)
         self.records = Records()
 
     # Requests
@@ -139,7 +139,6 @@ class Router:
         self.fleet.up(group, info, draining=draining)
         for terms in leases:
             self.leases.adopt(group, terms, now)
-        self.admission.missing.discard(group)
         return self._continue(now)
 
     def group_down(self, group: str, now: float) -> list[Outcome]:

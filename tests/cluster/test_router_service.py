@@ -472,3 +472,15 @@ def test_who_waits_does_not_go_to_an_engine_that_connects_again_and_leaves(leave
     assert (routed.waiting, back.heard) == (1, [])
     routed.engines["g0"] = routed.engine("g0", started_ns=6, node="new")
     assert routed.waiting == (1 if leaves == "not wanted" else 0)
+
+
+def test_who_waits_for_a_missing_group_that_is_not_wanted_any_more_is_refused() -> None:
+    routed = Routed("g0")
+    ingress, groups = FarEnd(routed), routed.service.groups
+    groups.expect(frozenset({"g0", "g1"}))
+    routed.service.router.fleet.missing.add("g1")
+    routed.now += RouterConfig().rebuild_timeout_s
+    assert not [x for x in ingress.says(Place(1, ask("a", 10_000))) if isinstance(x, CallFailed)]
+    groups.expect(frozenset({"g0"}))
+    routed.tick(1.0)
+    assert isinstance(ingress.heard[-1], CallFailed)

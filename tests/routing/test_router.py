@@ -12,10 +12,12 @@ from kvmesh.cluster.routing.errors import (
     ExceedsEveryGroupError,
     NoGroupError,
     QueueFullError,
+    QuotaExceededError,
     RequestAbortedError,
     RequestIdInUseError,
     RoutingError,
 )
+from kvmesh.cluster.routing.fairness import TenantPolicy
 from kvmesh.cluster.routing.outcome import Decision, Enqueued, Granted, Outcome, Refused, Withdrawn
 from kvmesh.cluster.routing.records import Records
 from kvmesh.cluster.routing.router import Router
@@ -374,8 +376,20 @@ def test_what_only_a_missing_group_can_hold_waits_for_it() -> None:
     router.group_up("g0", make_info(), (), 0.0)
     router.place(ask("a", prompt=10_000), 0.2)
     assert router.tick(10.0) == []
+    (late,) = router.place(ask("b", prompt=10_000), 15.0)
+    assert isinstance(late, Enqueued)
+    assert router.admission.estimate(ask("c", prompt=10_000), 15.0).fits_ever
     large = make_info(sealed=1000)
     assert granted(router.group_up("large", large, (), 20.0)).group == "large"
+    assert not router.admission.estimate(ask("c", prompt=100_000), 20.0).fits_ever
+
+
+def test_what_exceeds_its_quota_is_refused_when_the_groups_are_known() -> None:
+    config = RouterConfig(tenants={"x": TenantPolicy(quota_bytes=1000)})
+    router = Router(config, epoch=2, now=0.0, expected_groups=["g0"])
+    assert isinstance(router.place(ask("a", tenant="x"), 0.0)[0], Enqueued)
+    (never,) = router.group_up("g0", make_info(), (), 1.0)
+    refused(never, QuotaExceededError)
 
 
 @pytest.mark.parametrize(
