@@ -43,7 +43,7 @@ class Refusals:
                 return _never_fits(verdicts)
             message = "every group that could hold it is excluded"
             return self._over_capacity(NoRoomError, message, demand, verdicts, ahead, now)
-        quota = self._fleet.tenants.policy(request.tenant).quota_bytes
+        quota = self._quota_bytes(demand)
         if quota is not None and self.exceeds_quota(demand):
             message = "the request alone exceeds its tenant's quota"
             retry_s = self._config.max_retry_s
@@ -66,8 +66,8 @@ class Refusals:
         )
 
     def exceeds_quota(self, demand: RequestDemand) -> bool:
-        """Whether the request alone exceeds its tenant's quota."""
-        quota = self._fleet.tenants.policy(demand.request.tenant).quota_bytes
+        """Whether the request alone exceeds its tenant's quota, and has to keep to it."""
+        quota = self._quota_bytes(demand)
         return quota is not None and _min_bytes(demand) > quota
 
     def queue_full(
@@ -87,10 +87,14 @@ class Refusals:
 
     def within_quota(self, demand: RequestDemand) -> bool:
         """Whether the request's tenant may lease what it needs now."""
-        tenants, tenant = self._fleet.tenants, demand.request.tenant
-        if tenants.policy(tenant).quota_bytes is None:
+        if self._quota_bytes(demand) is None:
             return True
-        return tenants.within_quota(tenant, _min_bytes(demand))
+        return self._fleet.tenants.within_quota(demand.request.tenant, _min_bytes(demand))
+
+    def _quota_bytes(self, demand: RequestDemand) -> int | None:
+        """None also for a request that lost its group: it continues, as if it had grown there."""
+        request = demand.request
+        return None if request.resumed else self._fleet.tenants.policy(request.tenant).quota_bytes
 
     def _over_capacity(
         self,

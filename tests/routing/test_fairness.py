@@ -105,6 +105,16 @@ def test_a_quota_holds_back_its_tenant_and_no_other() -> None:
     assert isinstance(refused.error, QuotaExceededError)
 
 
+def test_a_request_that_lost_its_group_continues_past_its_tenants_quota() -> None:
+    """It is leased in full, for all that it may grow to."""
+    tenants = {"t": TenantPolicy(quota_bytes=4 * 1000 + 17 * 300)}
+    router = router_with(groups={"g0": make_info()}, tenants=tenants)
+    granted(router.place(ask("other", tenant="t"), 0.0))
+    lost = ask("lost", 320, 320, tenant="t", resumed=True)
+    assert granted(router.place(lost, 0.0)).group == "g0"
+    assert isinstance(router.place(ask("next", tenant="t"), 0.0)[0], Enqueued)
+
+
 def test_a_quota_can_be_used_up() -> None:
     bytes_each = 4 * 1000 + 17 * 300
     for quota_bytes, fits in ((bytes_each - 1, False), (bytes_each, True)):
