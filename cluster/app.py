@@ -152,7 +152,13 @@ class RouterReplica:
         own = serve.get_replica_context()
         groups = list(config.group_engines())
         running = await groups_running(own.app_name, config)
-        self._service = RouterService(settings, meters, groups=running, configured=groups)
+        self._service = RouterService(
+            settings,
+            meters,
+            groups=running,
+            configured=groups,
+            divergence_nats=config.ingress.kv_divergence_nats,
+        )
         self._listener = await listen(node_ip(), deployed.identity, TO_ROUTER, self._service.accept)
         self._find_router = router_finder(serve.get_deployment_handle(own.deployment, own.app_name))
         self._tasks = [

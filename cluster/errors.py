@@ -5,7 +5,6 @@ ClusterError
 ├── NotAllowedError         the key is no admin key
 ├── UnknownModelError       the request names another model
 ├── UnknownPathError        there is no such call over HTTP
-├── NoAllowedFormatError    no group has a KV format that the request accepts
 ├── ResumeMismatchError     the cursor does not belong to what is served
 ├── ContextExceededError    the prompt is longer than any group's context
 ├── RequestDeadlineError    the time ran out before the first token
@@ -24,7 +23,7 @@ name and its arguments, which are plain data.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -72,17 +71,6 @@ class UnsupportedFieldError(InvalidFieldError):
 
 class OversizedRequestError(InvalidFieldError):
     """A request with more bytes than the server takes."""
-
-
-class NoAllowedFormatError(ClusterError):
-    """No group's KV format is acceptable. reasons: why, by group"""
-
-    def __init__(self, reasons: Mapping[str, str]) -> None:
-        super().__init__(dict(reasons))
-        self.reasons = reasons
-
-    def __str__(self) -> str:
-        return "no group has a KV format that the request accepts"
 
 
 class UnknownModelError(ClusterError):

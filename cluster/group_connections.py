@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, ValuesView
+from collections.abc import Callable, Collection, Iterable, Mapping, ValuesView
 from dataclasses import dataclass, replace
 
+from kvmesh.cluster.divergence import divergence_of
 from kvmesh.cluster.leaving import name_while_leaving, to_close
 from kvmesh.cluster.link import Address, Link
 from kvmesh.cluster.messages import AccountNews, Hello, Replaced, Report
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 class ConnectedGroup:
     """A group whose engine is connected.
 
+    info: with all that is known of its KV format's divergence
     started_ns, node, draining: of the engine, see Hello
     closed: it takes nothing new
     """
@@ -45,6 +47,7 @@ class GroupConnections:
     expected: of those that are to be up
     settle: sends on what the router decides
     clock: seconds, monotonic
+    divergence_nats: of KV formats on the model, as the operator has measured it
     leaving_nodes: of the Ray cluster, see `nodes_leave`
     """
 
@@ -56,11 +59,13 @@ class GroupConnections:
         expected: Collection[str],
         settle: Callable[[Iterable[Outcome]], None],
         clock: Callable[[], float],
+        divergence_nats: Mapping[str, float],
     ) -> None:
         self._router = router
         self._reports = reports
         self._settle = settle
         self._clock = clock
+        self._divergence_nats = divergence_nats
         self._configured = frozenset(configured)
         self.expected = frozenset(expected)
         self.leaving_nodes: frozenset[str] = frozenset()
@@ -103,10 +108,13 @@ class GroupConnections:
         logger.info(
             "group %s is up with %d leases", name, len(message.leases), extra=about(group=name)
         )
+        info = replace(
+            message.info, kv_divergence_nats=divergence_of(message.info, self._divergence_nats)
+        )
         self._groups[name] = ConnectedGroup(
             name,
             connection,
-            message.info,
+            info,
             message.address,
             message.started_ns,
             message.node,
@@ -119,9 +127,7 @@ class GroupConnections:
         self._close_leaving()
         # Who closes has done so by now, as the router admits those that wait at once.
         closed = self._groups[name].closed
-        self._settle(
-            self._router.group_up(name, message.info, message.leases, now, draining=closed)
-        )
+        self._settle(self._router.group_up(name, info, message.leases, now, draining=closed))
         self.account(name, AccountNews(message.update, message.pages))
 
     def down(self, connection: Link) -> None:
@@ -157,7 +163,7 @@ class GroupConnections:
         if message.report.draining:
             group.draining = True
             self.close(name)
-        self._reports.latest[name] = replace(message.report, draining=group.closed)
+        self._reports.latest[name] = replace(message.report, info=group.info, draining=group.closed)
         if message.audited:
             self._reports.audits += 1
             account = self._router.fleet.account(name)

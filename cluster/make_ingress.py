@@ -47,7 +47,6 @@ def make_ingress(
         model_names=frozenset({config.model, name}),
         queue_timeout_s=config.router.queue_timeout_s,
         defaults=config.generation.defaults(path),
-        divergence_nats=config.ingress.kv_divergence_nats,
         layout_reason=config.layout.reason or "",
         traces=make_traces(
             config.traces.endpoint, config.traces.sample_ratio, name, package_version()

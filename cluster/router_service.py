@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from types import MappingProxyType
 
 from kvmesh.cluster.errors import DrainingError, Failure
 from kvmesh.cluster.group_connections import GroupConnections
@@ -72,6 +73,7 @@ class RouterService:
     groups: names of the groups that are expected to be up
     configured: of all groups, those that may be added later included; `groups` if None
     clock: seconds, monotonic
+    divergence_nats: of KV formats on the model, as the operator has measured it
     on_refused: called with the error whenever a request is refused
     """
 
@@ -83,6 +85,7 @@ class RouterService:
         groups: Collection[str] = (),
         configured: Collection[str] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        divergence_nats: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         # Greater than any former router's; every lease carries the epoch of its router.
         epoch = time.time_ns() // 1_000_000
@@ -94,7 +97,13 @@ class RouterService:
         self._informed_s = self._measured_s = clock()
         self.reports = ReportBook()
         self.groups = GroupConnections(
-            self.router, self.reports, self._configured, groups, self.settle, clock
+            self.router,
+            self.reports,
+            self._configured,
+            groups,
+            self.settle,
+            clock,
+            divergence_nats,
         )
         self._draining = False
         self.on_refused: Callable[[RoutingError], None] = lambda _: None

@@ -13,7 +13,6 @@ from kvmesh.cluster.errors import (
     DrainingError,
     EngineLostError,
     IngressBusyError,
-    NoAllowedFormatError,
     NotAllowedError,
     NotReadyError,
     OversizedRequestError,
@@ -53,7 +52,7 @@ _TABLE: tuple[ErrorRow, ...] = tuple(
         (InvalidFieldError, _S.INVALID_ARGUMENT, pb.ERROR_REASON_INVALID_FIELD, 400),
         (UnauthenticatedError, _S.UNAUTHENTICATED, pb.ERROR_REASON_WRONG_KEY, 401),
         (NotAllowedError, _S.PERMISSION_DENIED, pb.ERROR_REASON_NOT_ALLOWED, 403),
-        (NoAllowedFormatError, _S.FAILED_PRECONDITION, pb.ERROR_REASON_KV_FORMAT, 400),
+        (routing.NoAllowedFormatError, _S.FAILED_PRECONDITION, pb.ERROR_REASON_KV_FORMAT, 400),
         (UnknownModelError, _S.NOT_FOUND, pb.ERROR_REASON_UNKNOWN_MODEL, 404),
         (UnknownPathError, _S.UNIMPLEMENTED, pb.ERROR_REASON_UNSUPPORTED, 404),
         (routing.RequestIdInUseError, _S.ALREADY_EXISTS, pb.ERROR_REASON_DUPLICATE_REQUEST_ID, 409),
@@ -148,7 +147,7 @@ def _fill(wire: pb.Error, error: BaseException) -> None:
             wire.field_violations.add(field=error.field, description=error.message)
         case UnauthenticatedError(missing=True):
             wire.reason = pb.ERROR_REASON_MISSING_KEY
-        case NoAllowedFormatError():
+        case routing.NoAllowedFormatError():
             for group, why in error.reasons.items():
                 wire.groups.add(group=group, reason=why)
         case routing.ExceedsEveryGroupError():

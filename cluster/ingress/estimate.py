@@ -61,7 +61,7 @@ def _group(verdict: Verdict, report: EngineReport | None) -> pb.GroupEstimate:
         free_bytes=verdict.available_bytes,
         capacity_bytes=verdict.capacity_bytes,
         feasible_now=verdict.reason in _FITS_NOW,
-        feasible_ever=not verdict.never and verdict.reason is not Reason.EXCLUDED,
+        feasible_ever=not verdict.never,
         reason=verdict.reason.value,
     )
     if verdict.cost_s is not None:

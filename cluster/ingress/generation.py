@@ -254,7 +254,7 @@ class Generation:
             priority=self._spec.priority,
             timeout_s=limit_s if remaining_s is None else min(remaining_s, limit_s),
             page_hashes=self._request.page_hashes,
-            excluded_groups=self._request.excluded_groups,
+            accepts=self._request.accepts,
             lost_engines=self._failovers.engines,
             resumed=again,
             supersedes=again or self._spec.resume is not None,

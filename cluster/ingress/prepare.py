@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kvmesh.cluster.errors import ResumeMismatchError
@@ -12,9 +11,10 @@ from kvmesh.cluster.ingress.answers.planner import AnswerPlanner
 from kvmesh.cluster.ingress.codec import TextCodec
 from kvmesh.cluster.ingress.model_checks import check_pin, check_tokens, fit_context
 from kvmesh.cluster.ingress.prompts import Prompts
-from kvmesh.cluster.ingress.quality import refused_groups
+from kvmesh.cluster.ingress.quality import accepted_formats
 from kvmesh.cluster.ingress.refuse import refuse
 from kvmesh.cluster.ingress.served import Served
+from kvmesh.cluster.routing.accepted_formats import ANY_FORMAT, AcceptedFormats
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.model.generation_defaults import DefaultSampling
 from kvmesh.workers.request import TokenIds
@@ -28,7 +28,7 @@ class PreparedRequest:
     tenant: as authentication found it
     params: the request's, with a max_tokens that the context holds
     page_hashes: of the prompt's full pages, as the engines' prefix caches know them
-    excluded_groups: those whose KV format the request does not accept
+    accepts: KV formats of groups
     plan: of the answer
     """
 
@@ -37,7 +37,7 @@ class PreparedRequest:
     prompt_ids: TokenIds
     params: SamplingParams
     page_hashes: tuple[bytes, ...] = ()
-    excluded_groups: frozenset[str] = frozenset()
+    accepts: AcceptedFormats = ANY_FORMAT
     plan: AnswerPlan = NO_PLAN
 
     @property
@@ -58,7 +58,6 @@ class Preparation:
         limits: validate.Limits,
         *,
         defaults: DefaultSampling,
-        divergence_nats: Mapping[str, float],
     ) -> None:
         self._served = served
         self._prompts = prompts
@@ -66,13 +65,12 @@ class Preparation:
         self._codec = codec
         self._limits = limits
         self._defaults = defaults
-        self._divergence_nats = divergence_nats
 
     async def prepare(self, request: pb.GenerateRequest, tenant: str) -> PreparedRequest:
         """Raises the errors of ingress/error_table.py."""
         status = self._served.status_for(request.model)
-        excluded = refused_groups(request, status, self._divergence_nats)
-        status = served.without(status, excluded)
+        accepts = accepted_formats(request)
+        status = served.accepting(status, accepts)
         info = served.any_info(status)
         self._prompts.check_length(request.prompt, status)
         spec = validate.generation_spec(request, self._limits, self._defaults)
@@ -102,6 +100,6 @@ class Preparation:
             prompt_ids=ids,
             params=params,
             page_hashes=hashes,
-            excluded_groups=excluded,
+            accepts=accepts,
             plan=plan,
         )

@@ -6,7 +6,7 @@ Each takes a parsed request and the tenant that it is from.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 from kvmesh.cluster.ingress import admin_wire, served, validate, wire
@@ -14,7 +14,7 @@ from kvmesh.cluster.ingress.codec import TextCodec
 from kvmesh.cluster.ingress.estimate import estimate_reply, explain_reply
 from kvmesh.cluster.ingress.model_checks import default_max_tokens
 from kvmesh.cluster.ingress.prompts import Prompts
-from kvmesh.cluster.ingress.quality import refused_groups
+from kvmesh.cluster.ingress.quality import accepted_formats
 from kvmesh.cluster.ingress.refuse import refuse
 from kvmesh.cluster.ingress.router_link import RouterLink
 from kvmesh.cluster.ingress.served import Served
@@ -47,7 +47,6 @@ class Questions:
         *,
         version: str,
         defaults: DefaultSampling,
-        divergence_nats: Mapping[str, float],
         layout_reason: str,
     ) -> None:
         self._served = served
@@ -58,7 +57,6 @@ class Questions:
         self._call = call
         self._version = version
         self._defaults = defaults
-        self._divergence_nats = divergence_nats
         self._layout_reason = layout_reason
 
     async def tokenize(self, request: pb.TokenizeRequest, tenant: str) -> pb.TokenizeResponse:
@@ -90,8 +88,8 @@ class Questions:
     ) -> pb.EstimateBudgetResponse:
         with self._call():
             status = self._served.status_for(request.model)
-            excluded = refused_groups(request, status, self._divergence_nats)
-            accepted = served.without(status, excluded)
+            accepts = accepted_formats(request)
+            accepted = served.accepting(status, accepts)
             prompt_tokens, hashes = await self._size(request, tenant, accepted)
             max_tokens = (
                 request.max_tokens
@@ -110,7 +108,7 @@ class Questions:
                 tenant=tenant,
                 priority=request.priority,
                 page_hashes=hashes,
-                excluded_groups=excluded,
+                accepts=accepts,
                 sequences=n,
             )
             return estimate_reply(place, await self._router.estimate(place), status)
@@ -130,13 +128,7 @@ class Questions:
             wire_defaults = pb.SamplingDefaults(
                 max_tokens=self._limits.default_max_tokens, **self._defaults.given()
             )
-            return wire.model_info(
-                self._served.status,
-                self._codec,
-                self._version,
-                self._divergence_nats,
-                wire_defaults,
-            )
+            return wire.model_info(self._served.status, self._codec, self._version, wire_defaults)
 
     async def get_tenant_loads(
         self, request: pb.GetTenantLoadsRequest, tenant: str

@@ -10,6 +10,7 @@ from dataclasses import replace
 from kvmesh.cluster.errors import ContextExceededError, NotReadyError, UnknownModelError
 from kvmesh.cluster.ingress.router_link import RouterLink
 from kvmesh.cluster.reports import ClusterStatus
+from kvmesh.cluster.routing.accepted_formats import AcceptedFormats
 from kvmesh.workers.loads import EngineInfo
 
 logger = logging.getLogger(__name__)
@@ -82,14 +83,17 @@ def any_info(status: ClusterStatus) -> EngineInfo:
 
 
 def max_model_len(status: ClusterStatus) -> int:
-    """The longest context of any group, in tokens; for a request, see `without`."""
+    """The longest context of any group, in tokens; for a request, see `accepting`."""
     return max(report.info.max_model_len for report in status.reports.values())
 
 
-def without(status: ClusterStatus, groups: frozenset[str]) -> ClusterStatus:
-    """As a request sees it that does not accept these groups, but others."""
-    reports = {name: report for name, report in status.reports.items() if name not in groups}
-    return replace(status, reports=reports)
+def accepting(status: ClusterStatus, accepts: AcceptedFormats) -> ClusterStatus:
+    """As a request sees it that accepts these formats. If it accepts no group's, the router says
+    so, or lets it wait for others."""
+    reports = {
+        name: report for name, report in status.reports.items() if not accepts.why_not(report.info)
+    }
+    return replace(status, reports=reports or status.reports)
 
 
 def check_model(requested: str, status: ClusterStatus, aliases: frozenset[str]) -> None:

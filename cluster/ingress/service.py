@@ -9,8 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
-from types import MappingProxyType
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 
 from kvmesh.cluster.errors import DrainingError
 from kvmesh.cluster.identity import Identity
@@ -42,7 +41,6 @@ class IngressService:
     find_router: where the router listens; raises LinkError while it is not known
     model_names: other names for the model that requests may use
     defaults: of sampling parameters that a request does not set
-    divergence_nats: of KV formats on the model, as the operator has measured it
     layout_reason: why the groups have their layout, "" if it was given
     questions: the calls that generate nothing
     """
@@ -59,7 +57,6 @@ class IngressService:
         model_names: frozenset[str] = frozenset(),
         queue_timeout_s: float = 120.0,
         defaults: DefaultSampling = NEUTRAL,
-        divergence_nats: Mapping[str, float] = MappingProxyType({}),
         layout_reason: str = "",
         traces: Traces = OFF,
     ) -> None:
@@ -77,7 +74,6 @@ class IngressService:
             codec,
             limits,
             defaults=defaults,
-            divergence_nats=divergence_nats,
         )
         self._tasks: list[asyncio.Task[None]] = []
         self._open_calls = 0
@@ -94,7 +90,6 @@ class IngressService:
             self._call,
             version=version,
             defaults=defaults,
-            divergence_nats=divergence_nats,
             layout_reason=layout_reason,
         )
 

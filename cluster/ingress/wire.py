@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 from kvmesh.cluster.ingress.choice import ChoiceFinish, ChoiceOutput
 from kvmesh.cluster.ingress.codec import TextCodec
-from kvmesh.cluster.ingress.quality import divergence_of
 from kvmesh.cluster.messages import Placed
 from kvmesh.cluster.reports import ClusterStatus
 from kvmesh.cluster.routing.outcome import TenantStatus
@@ -149,7 +148,6 @@ def model_info(
     status: ClusterStatus,
     codec: TextCodec,
     version: str,
-    divergence_nats: Mapping[str, float],
     defaults: pb.SamplingDefaults,
 ) -> pb.GetModelInfoResponse:
     """The model and its groups. What the groups have in common is read from the first."""
@@ -173,7 +171,7 @@ def model_info(
             dtype=info.dtype,
             capacity_bytes=info.capacity_bytes,
             max_model_len=info.max_model_len,
-            kv_divergence_nats=divergence_of(info, divergence_nats),
+            kv_divergence_nats=info.kv_divergence_nats,
             rope=info.rope,
         )
     return wire

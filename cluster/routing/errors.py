@@ -5,6 +5,7 @@ RoutingError
 ├── RequestAbortedError        the request was aborted
 ├── LedgerError                a transition the ledger does not allow
 ├── ExceedsEveryGroupError     no group could hold it, even empty
+├── NoAllowedFormatError       no group has a KV format that the request accepts
 ├── DeadlineUnreachableError   it could not start within its timeout
 └── NoRoomError                it does not fit now; says when to come back
     ├── QueueFullError         the queue has no place left
@@ -68,6 +69,17 @@ class ExceedsEveryGroupError(RoutingError):
             for group, needed in self.needed_bytes.items()
         ]
         return "no group can hold the request: " + "; ".join(parts)
+
+
+class NoAllowedFormatError(RoutingError):
+    """No group's KV format is acceptable. reasons: why, by group"""
+
+    def __init__(self, reasons: Mapping[str, str]) -> None:
+        super().__init__(dict(reasons))
+        self.reasons = dict(reasons)
+
+    def __str__(self) -> str:
+        return "no group has a KV format that the request accepts"
 
 
 class DeadlineUnreachableError(RoutingError):

@@ -105,14 +105,18 @@ def choose(
     return GroupChoice(best, Verdicts(tuple(rows)))
 
 
-def lasting_obstacle(group: Group, demand: RequestDemand) -> Reason | None:
-    """Why the group does not take the request, where no lease's end would change it."""
-    request = demand.request
+def never_taken(group: Group, demand: RequestDemand) -> Reason | None:
+    """Why the group could not take the request even when empty, or None."""
     if (never := demand.by_kind[group.kind].never) is not None:
         return never
-    if group.name in request.excluded_groups:
-        return Reason.EXCLUDED
-    if group.account is None or group.info.epoch in request.lost_engines:
+    return Reason.FORMAT if demand.request.accepts.why_not(group.info) else None
+
+
+def lasting_obstacle(group: Group, demand: RequestDemand) -> Reason | None:
+    """Why the group does not take the request, where no lease's end would change it."""
+    if (never := never_taken(group, demand)) is not None:
+        return never
+    if group.account is None or group.info.epoch in demand.request.lost_engines:
         return Reason.DOWN
     return Reason.DRAINING if group.draining else None
 

@@ -7,6 +7,7 @@ from kvmesh.cluster.routing.demand import RequestDemand
 from kvmesh.cluster.routing.errors import (
     DeadlineUnreachableError,
     ExceedsEveryGroupError,
+    NoAllowedFormatError,
     NoGroupError,
     NoRoomError,
     QueueFullError,
@@ -16,7 +17,7 @@ from kvmesh.cluster.routing.errors import (
 from kvmesh.cluster.routing.fleet import Fleet
 from kvmesh.cluster.routing.forecast import earliest_start
 from kvmesh.cluster.routing.leases import Leases
-from kvmesh.cluster.routing.placement import GroupChoice
+from kvmesh.cluster.routing.placement import GroupChoice, never_taken
 from kvmesh.cluster.routing.verdict import Verdicts
 
 
@@ -39,15 +40,12 @@ class Refusals:
         if not self._fleet.groups:
             return NoGroupError("no group is known", self._config.max_retry_s, 0, 0)
         if self.fits_nowhere(demand):
-            if verdicts.never:
-                return _never_fits(verdicts)
-            message = "every group that could hold it is excluded"
-            return self._over_capacity(NoRoomError, message, demand, verdicts, ahead, now)
+            return self._never(demand, verdicts)
         quota = self._quota_bytes(demand)
         if quota is not None and self.exceeds_quota(demand):
             message = "the request alone exceeds its tenant's quota"
             retry_s = self._config.max_retry_s
-            return QuotaExceededError(message, retry_s, _min_bytes(demand), quota)
+            return QuotaExceededError(message, retry_s, self._min_bytes(demand), quota)
         if request.timeout_s is not None and choice.group is None:
             start = earliest_start(self._fleet.groups.values(), demand, now)
             if start is not None and start - now > request.timeout_s:
@@ -59,16 +57,14 @@ class Refusals:
 
         One that is still missing may.
         """
-        excluded = demand.request.excluded_groups
         return not self._fleet.missing and all(
-            demand.by_kind[group.kind].never is not None or group.name in excluded
-            for group in self._fleet.groups.values()
+            never_taken(group, demand) is not None for group in self._fleet.groups.values()
         )
 
     def exceeds_quota(self, demand: RequestDemand) -> bool:
         """Whether the request alone exceeds its tenant's quota, and has to keep to it."""
         quota = self._quota_bytes(demand)
-        return quota is not None and _min_bytes(demand) > quota
+        return quota is not None and self._min_bytes(demand) > quota
 
     def queue_full(
         self, demand: RequestDemand, choice: GroupChoice, ahead: int, now: float
@@ -89,12 +85,31 @@ class Refusals:
         """Whether the request's tenant may lease what it needs now."""
         if self._quota_bytes(demand) is None:
             return True
-        return self._fleet.tenants.within_quota(demand.request.tenant, _min_bytes(demand))
+        return self._fleet.tenants.within_quota(demand.request.tenant, self._min_bytes(demand))
 
     def _quota_bytes(self, demand: RequestDemand) -> int | None:
         """None also for a request that lost its group: it continues, as if it had grown there."""
         request = demand.request
         return None if request.resumed else self._fleet.tenants.policy(request.tenant).quota_bytes
+
+    def _min_bytes(self, demand: RequestDemand) -> int:
+        """What the request's lease takes on the group where it is smallest; 0 if there is none."""
+        sequences = demand.request.sequences
+        return min(
+            (
+                group.info.geometry.bytes_of(demand.by_kind[group.kind].leased, sequences)
+                for group in self._fleet.groups.values()
+                if never_taken(group, demand) is None
+            ),
+            default=0,
+        )
+
+    def _never(self, demand: RequestDemand, verdicts: Verdicts) -> RoutingError:
+        accepts, groups = demand.request.accepts, sorted(self._fleet.groups.items())
+        reasons = {name: why for name, group in groups if (why := accepts.why_not(group.info))}
+        if len(reasons) == len(groups):
+            return NoAllowedFormatError(reasons)
+        return _never_fits(verdicts)
 
     def _over_capacity(
         self,
@@ -115,14 +130,6 @@ class Refusals:
             nearest.needed_bytes if nearest else 0,
             nearest.available_bytes if nearest else 0,
         )
-
-
-def _min_bytes(demand: RequestDemand) -> int:
-    """What the request's lease takes on the kind of group where it is smallest."""
-    return min(
-        kind.geometry.bytes_of(here.leased, demand.request.sequences)
-        for kind, here in zip(demand.kinds, demand.by_kind, strict=True)
-    )
 
 
 def _never_fits(verdicts: Verdicts) -> ExceedsEveryGroupError:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvmesh.cluster.routing.accepted_formats import ANY_FORMAT, AcceptedFormats
+
 
 @dataclass(frozen=True, slots=True)
 class PlaceRequest:
@@ -15,7 +17,7 @@ class PlaceRequest:
     priority: higher goes first
     timeout_s: the request is of no use if it has not started by then
     page_hashes: chained content hashes of the prompt's full pages, in order
-    excluded_groups: not to be chosen, e.g. after one of them refused
+    accepts: KV formats of groups
     lost_engines: epochs of engines that the request has lost; a group counts as down for
         it until another incarnation of its engine is up, or the router still has this one
         after a while
@@ -32,7 +34,7 @@ class PlaceRequest:
     priority: int = 0
     timeout_s: float | None = None
     page_hashes: tuple[bytes, ...] = ()
-    excluded_groups: frozenset[str] = frozenset()
+    accepts: AcceptedFormats = ANY_FORMAT
     lost_engines: frozenset[str] = frozenset()
     resumed: bool = False
     supersedes: bool = False

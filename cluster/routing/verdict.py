@@ -13,12 +13,12 @@ MIB = 1 << 20
 
 
 class Reason(enum.Enum):
-    """Why a group was, or was not, chosen. No waiting cures the first three."""
+    """Why a group was, or was not, chosen. No waiting cures the first four."""
 
     CONTEXT = "prompt and output exceed its context"
     SEQUENCES = "it never runs that many sequences at once"
     PAGES = "the request needs more pages than it has"
-    EXCLUDED = "the request excludes it"
+    FORMAT = "the request does not accept its KV format"
     DOWN = "it is down"
     DRAINING = "it finishes what it has and takes nothing new"
     BUSY = "its sequences are all taken"
@@ -30,7 +30,7 @@ class Reason(enum.Enum):
     CHOSEN = "chosen"
 
 
-NEVER = frozenset({Reason.CONTEXT, Reason.SEQUENCES, Reason.PAGES})
+NEVER = frozenset({Reason.CONTEXT, Reason.SEQUENCES, Reason.PAGES, Reason.FORMAT})
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,7 @@ TABLE: list[tuple[Exception, grpc.StatusCode, str, int]] = [
     (cluster.UnauthenticatedError(missing=False), S.UNAUTHENTICATED, "wrong_key", 401),
     (cluster.NotAllowedError(), S.PERMISSION_DENIED, "not_allowed", 403),
     (cluster.UnsupportedFieldError("adapter", "is new"), S.INVALID_ARGUMENT, "unsupported", 400),
-    (cluster.NoAllowedFormatError({"g0": "int4"}), S.FAILED_PRECONDITION, "kv_format", 400),
+    (routing.NoAllowedFormatError({"g0": "int4"}), S.FAILED_PRECONDITION, "kv_format", 400),
     (cluster.UnknownModelError("a", "b"), S.NOT_FOUND, "unknown_model", 404),
     (cluster.ResumeMismatchError("other"), S.FAILED_PRECONDITION, "resume_mismatch", 400),
     (cluster.ContextExceededError(9, 8, 700, 600), S.FAILED_PRECONDITION, "never_fits", 400),

@@ -122,7 +122,7 @@ def test_groups_wait_as_long_as_what_stands_in_their_way() -> None:
         Verdict("now", Reason.WORSE, 1, 2, 3, cached_pages=2, cost_s=0.5),
         Verdict("later", Reason.FULL, 1, 2, 3),
         Verdict("never", Reason.PAGES, 9, 8, 3),
-        Verdict("excluded", Reason.EXCLUDED, 1, 2, 3),
+        Verdict("another format", Reason.FORMAT, 1, 2, 3),
         Verdict("unknown", Reason.DOWN, 1, 2, 3),
     ]
     reports = {

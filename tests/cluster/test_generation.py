@@ -12,7 +12,6 @@ import pytest
 from kvmesh.cluster.errors import (
     ContextExceededError,
     EngineLostError,
-    NoAllowedFormatError,
     RequestDeadlineError,
     ResumeMismatchError,
     UnknownModelError,
@@ -20,7 +19,7 @@ from kvmesh.cluster.errors import (
 from kvmesh.cluster.ingress import generation
 from kvmesh.cluster.ingress.error_table import to_wire
 from kvmesh.cluster.ingress.failovers import MAX_FAILOVERS
-from kvmesh.cluster.routing.errors import RequestIdInUseError
+from kvmesh.cluster.routing.errors import NoAllowedFormatError, RequestIdInUseError
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import InvalidFieldError, PoolCapacityError, WorkerDiedError
 from kvmesh.workers.sizes import PageNeed

@@ -357,10 +357,14 @@ class Zombie:
         self.lost_router = asyncio.Event()
         self._built, self._name = built, name
 
-    async def greet(self, started_ns: int = 1, *, draining: bool = False) -> None:
+    async def greet(
+        self, started_ns: int = 1, *, draining: bool = False, kv_format: str = ""
+    ) -> None:
+        """kv_format: if it is not that of the group's other engine"""
         address = await self._built.find_router()
         router = await connect(address, IDENTITY, TO_ENGINE_FROM_ROUTER, lambda _: self)
-        info = replace(self._built.leaders[self._name].account.info, epoch="zombie")
+        info = self._built.leaders[self._name].account.info
+        info = replace(info, epoch="zombie", kv_format=kv_format or info.kv_format)
         hung = LeaseTerms("hung", 1, 1, 1, 1)
         nothing = AccountUpdate(), PageChanges((), ())
         address = Address("127.0.0.1", 1)

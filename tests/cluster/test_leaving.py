@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
@@ -263,6 +264,24 @@ async def test_a_request_that_waits_goes_to_the_group_that_comes() -> None:
         engine = await successor(one, "g0")
         assert (await waits).tokens[0] == answer(PROMPT, 5)
         assert engine.submitted
+        await one.at_rest()
+
+
+async def test_a_request_that_waits_is_not_given_to_a_group_of_another_format() -> None:
+    async with machine() as one:
+        one.allow(MANY)
+        one.router.groups.close("g0")
+        kv_format = one.leaders["g0"].account.info.kv_format
+        request = make_request(5)
+        request.allowed_kv_formats.append(kv_format)
+        waits = asyncio.create_task(read(one.stream(request)))
+        await one.until(lambda: one.router.status().router.queue_depth == 1)
+        other = "int8" if kv_format == "exact" else "exact"
+        await Zombie(one, "g0").greet(time.time_ns(), kv_format=other)
+        await one.until(lambda: one.router.groups["g0"].info.epoch == "zombie")
+        assert one.router.status().router.queue_depth == 1
+        await successor(one, "g0")
+        assert (await waits).tokens[0] == answer(PROMPT, 5)
         await one.at_rest()
 
 

@@ -36,6 +36,7 @@ from kvmesh.cluster.ingress.router_link import HeldPlace
 from kvmesh.cluster.ingress.validate import GenerationSpec, TextRules
 from kvmesh.cluster.link import Address
 from kvmesh.cluster.messages import Placed, Submit, Waiting
+from kvmesh.cluster.routing.accepted_formats import AcceptedFormats
 from kvmesh.cluster.routing.errors import (
     DeadlineUnreachableError,
     NoRoomError,
@@ -75,6 +76,7 @@ from tests.workers.memory_executor import EOS
 PROMPT = [3, 14, 15, 9, 26]
 QUEUE_TIMEOUT_S = 100.0
 SILENCE_S = 1000.0
+EXACT_ONLY = AcceptedFormats(frozenset({"exact"}))
 
 
 class Notes:
@@ -198,7 +200,7 @@ class Alone:
             prompt_ids=np.array(PROMPT, np.int32),
             params=params,
             page_hashes=(b"page",),
-            excluded_groups=frozenset({"g9"}),
+            accepts=EXACT_ONLY,
             plan=plan,
         )
         self.generation = Generation(request, context, self.notes)
@@ -294,7 +296,7 @@ async def test_the_router_and_the_engine_hear_what_the_request_is() -> None:
         priority=4,
         timeout_s=30.0,
         page_hashes=(b"page",),
-        excluded_groups=frozenset({"g9"}),
+        accepts=EXACT_ONLY,
         sequences=2,
     )
     assert alone.around.reached == [("e0", Address("g0", 1))]

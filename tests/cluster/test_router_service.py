@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import pytest
 
+from kvmesh.cluster.divergence import DIVERGENCE_NATS
 from kvmesh.cluster.errors import DrainingError
 from kvmesh.cluster.link import Address
 from kvmesh.cluster.messages import (
@@ -79,7 +82,12 @@ class FarEnd:
 class Routed:
     """A router whose groups run one request each."""
 
-    def __init__(self, *groups: str, **settings: object) -> None:
+    def __init__(
+        self,
+        *groups: str,
+        divergence_nats: Mapping[str, float] = MappingProxyType({}),
+        **settings: object,
+    ) -> None:
         self.now = 100.0
         self.meters = SeenMeters()
         self.service = RouterService(
@@ -87,6 +95,7 @@ class Routed:
             RouterMeters(self.meters, [TENANT]),
             groups=groups,
             clock=lambda: self.now,
+            divergence_nats=divergence_nats,
         )
         self.engines = {name: self.engine(name) for name in groups}
 
@@ -484,3 +493,13 @@ def test_who_waits_for_a_missing_group_that_is_not_wanted_any_more_is_refused() 
     groups.expect(frozenset({"g0"}))
     routed.tick(1.0)
     assert isinstance(ingress.heard[-1], CallFailed)
+
+
+def test_the_router_knows_what_operators_and_tables_say_of_a_format() -> None:
+    configured = Routed("g0", divergence_nats={"int4": 0.25}).service
+    assert configured.groups["g0"].info.kv_divergence_nats == 0.25
+    assert configured.router.fleet.groups["g0"].info.kv_divergence_nats == 0.25
+    routed = Routed("g0")
+    routed.engines["g0"].says(report())
+    reported = routed.service.status().reports["g0"].info
+    assert reported.kv_divergence_nats == DIVERGENCE_NATS["int4"]

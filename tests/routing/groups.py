@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import fields, replace
 
+from kvmesh.cluster.routing.accepted_formats import AcceptedFormats
 from kvmesh.cluster.routing.config import RouterConfig, RouterTuning
 from kvmesh.cluster.routing.ledger import Account
 from kvmesh.cluster.routing.live import Lease
@@ -29,12 +30,13 @@ def make_info(
     max_sequences: int = 16,
     max_model_len: int = 100_000,
     page_size: int = 16,
+    kv_format: str = "int4",
 ) -> EngineInfo:
     return EngineInfo(
         epoch=epoch,
         model="m",
         model_revision="r",
-        kv_format="int4",
+        kv_format=kv_format,
         dtype="bfloat16",
         tp=1,
         geometry=PageGeometry(
@@ -68,6 +70,10 @@ def router_with(*, groups: dict[str, EngineInfo], **settings: object) -> Router:
 
 def ask(request_id: str, prompt: int = 160, out: int = 160, **rest: object) -> PlaceRequest:
     return PlaceRequest(request_id, prompt, out, **rest)  # type: ignore[arg-type]
+
+
+def only(*formats: str) -> AcceptedFormats:
+    return AcceptedFormats(frozenset(formats))
 
 
 def granted(outcomes: Iterable[Outcome]) -> Placement:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from kvmesh.cluster.routing.accepted_formats import AcceptedFormats
 from kvmesh.cluster.routing.admission import DRAINS, MAX_PROMISES, NEAR
 from kvmesh.cluster.routing.config import RouterConfig
-from kvmesh.cluster.routing.errors import ExceedsEveryGroupError, NoRoomError
+from kvmesh.cluster.routing.errors import (
+    ExceedsEveryGroupError,
+    NoAllowedFormatError,
+    QuotaExceededError,
+)
 from kvmesh.cluster.routing.fairness import TenantPolicy
 from kvmesh.cluster.routing.outcome import Enqueued, Granted, Refused
 from kvmesh.cluster.routing.router import Router
+from kvmesh.cluster.routing.verdict import Reason
 from tests.routing.groups import (
     SLOW,
     ask,
@@ -17,6 +25,7 @@ from tests.routing.groups import (
     end,
     granted,
     make_info,
+    only,
     place,
     router_with,
 )
@@ -32,13 +41,13 @@ def waits(
 
 def test_as_many_wait_for_the_group_of_their_prefix_as_that_is_worth() -> None:
     """Each makes the next wait for longer there, until computing the prefix again costs less."""
-    infos = {name: make_info(sealed=1000) for name in ("g0", "g1")}
+    infos = {name: make_info(sealed=1000, kv_format=name) for name in ("g0", "g1")}
     router = router_with(pace=SLOW, groups=infos, ahead_s=0.5, balance_s=10.0)
-    only = {name: {"excluded_groups": frozenset(infos.keys() - {name})} for name in infos}
-    end(router, place(router, "a", 1600, 16, 0.0, page_hashes=PAGES[:100], **only["g0"]), 5.0)
-    emit(router, place(router, "half of g1", 8000, 16, 10.0, **only["g1"]), 19.0)
-    computes = place(router, "computes", 2500, 16, 20.0, **only["g0"])
-    waits(router, "first in line", 160, 16, now=20.0, **only["g0"])
+    on = {name: {"accepts": only(name)} for name in infos}
+    end(router, place(router, "a", 1600, 16, 0.0, page_hashes=PAGES[:100], **on["g0"]), 5.0)
+    emit(router, place(router, "half of g1", 8000, 16, 10.0, **on["g1"]), 19.0)
+    computes = place(router, "computes", 2500, 16, 20.0, **on["g0"])
+    waits(router, "first in line", 160, 16, now=20.0, **on["g0"])
     # 1.7 s to compute after 2.5 s on g0, or 3.2 s at once on g1, which is fuller: worth 2.5 s.
     for name in ("b", "c"):
         waits(router, name, 3200, 16, now=20.0, page_hashes=PAGES)
@@ -82,14 +91,60 @@ def test_what_never_fits_is_refused_and_those_after_it_are_served() -> None:
     assert granted([next_one]).request_id == "small"
 
 
-def test_who_excludes_every_group_hears_when_to_come_back() -> None:
-    router = router_with(groups={"g0": make_info(max_sequences=1)}, max_retry_s=5.0)
+def test_a_request_keeps_to_its_formats_whichever_groups_come_while_it_waits() -> None:
+    exact = replace(make_info(kv_format="exact", max_sequences=1), kv_divergence_nats=0.0)
+    router = router_with(groups={"g0": exact})
+    running = place(router, "a", 160, 16, 0.0)
+    waits(router, "b", accepts=only("exact"))
+    waits(router, "c", accepts=AcceptedFormats(max_divergence_nats=0.5))
+    coarse = make_info(epoch="e1", kv_format="int2")
+    assert router.group_up("g1", replace(coarse, kv_divergence_nats=1.0), (), 1.0) == []
+    assert granted(end(router, running, 2.0)).request_id == "b"
+    fine = make_info(epoch="e2", kv_format="int8")
+    assert router.group_up("g2", fine, (), 3.0) == [], "nobody has measured it"
+    outcomes = router.group_up("g2", replace(fine, kv_divergence_nats=0.5), (), 4.0)
+    assert granted(outcomes).request_id == "c"
+
+
+def test_a_request_whose_formats_are_gone_is_refused_while_it_waits() -> None:
+    """As after an update of the groups."""
+    router = router_with(groups={"g0": make_info(kv_format="exact", max_sequences=1)})
     place(router, "a", 160, 16, 0.0)
-    waits(router, "b")
-    (refused,) = router.place(ask("c", excluded_groups=frozenset({"g0"})), 0.0)
-    assert isinstance(refused, Refused) and refused.request_id == "c"
-    assert type(refused.error) is NoRoomError
-    assert refused.error.retry_after_s == 5.0, "it cannot start anywhere"
+    waits(router, "b", accepts=only("exact"))
+    (never,) = router.group_up("g0", make_info(epoch="e1"), (), 1.0)
+    assert isinstance(never, Refused) and isinstance(never.error, NoAllowedFormatError)
+    assert never.error.reasons == {"g0": "its format int4 is not among those allowed"}
+
+
+def test_a_request_that_lost_its_group_does_not_continue_in_another_format() -> None:
+    infos = {name: make_info(epoch=name, kv_format=name) for name in ("exact", "int4")}
+    router = router_with(groups=infos)
+    place(router, "a", 160, 160, 0.0, accepts=only("exact"))
+    router.group_down("exact", 1.0)
+    lost = frozenset({"exact"})
+    waits(router, "a", now=1.0, accepts=only("exact"), resumed=True, lost_engines=lost)
+    back = make_info(epoch="again", kv_format="exact")
+    assert granted(router.group_up("exact", back, (), 2.0)).group == "exact"
+
+
+def test_no_group_of_an_accepted_format_may_be_large_enough() -> None:
+    infos = {"g0": make_info(kv_format="exact"), "g1": make_info(epoch="e1", sealed=1000)}
+    router = router_with(groups=infos)
+    (never,) = router.place(ask("a", 3200, accepts=only("exact")), 0.0)
+    assert isinstance(never, Refused) and isinstance(never.error, ExceedsEveryGroupError)
+    assert never.error.reasons == {"g0": Reason.PAGES.value, "g1": Reason.FORMAT.value}
+    assert not router.admission.estimate(ask("a", 3200, accepts=only("exact")), 0.0).fits_ever
+
+
+def test_a_request_has_to_fit_its_quota_in_a_format_that_it_accepts() -> None:
+    small = make_info().geometry
+    large = replace(small, sealed_page_bytes=10 * small.sealed_page_bytes)
+    exact = replace(make_info(epoch="e1", kv_format="exact"), geometry=large)
+    quota = TenantPolicy(quota_bytes=4 * 1000 + 17 * 300)
+    router = router_with(groups={"g0": make_info(), "g1": exact}, tenants={"x": quota})
+    (never,) = router.place(ask("a", tenant="x", accepts=only("exact")), 0.0)
+    assert isinstance(never, Refused) and isinstance(never.error, QuotaExceededError)
+    assert place(router, "b", 160, 160, 0.0, tenant="x", accepts=only("int4")).group == "g0"
 
 
 def test_a_group_of_another_kind_is_tried_as_soon_as_it_is_up() -> None:

@@ -21,7 +21,7 @@ from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.cluster.routing.router import Router
 from kvmesh.cluster.routing.verdict import Reason, Verdict
 from kvmesh.workers.sizes import PageNeed
-from tests.routing.groups import SLOW, ask, end, make_info, place, router_with
+from tests.routing.groups import SLOW, ask, end, make_info, only, place, router_with
 
 NOW = 10.0
 PAGES = tuple(b"%d" % page for page in range(100))
@@ -29,7 +29,7 @@ CACHED = 96 * 16  # of 1,600 tokens: whole blocks of 8 pages
 
 
 def two_groups(**settings: object) -> tuple[Router, Group, Group]:
-    infos = {name: make_info(sealed=1000) for name in ("g0", "g1")}
+    infos = {name: make_info(sealed=1000, kv_format=name) for name in ("g0", "g1")}
     router = router_with(groups=infos, **{"pace": SLOW, **settings})
     first, second = router.fleet.groups.values()
     return router, first, second
@@ -122,8 +122,8 @@ def test_a_group_is_given_prompts_while_little_is_computed_before_them() -> None
     for wait_s, reason in ((0.5, Reason.CHOSEN), (0.6, Reason.BACKLOG)):
         first.backlog.clear_at = NOW + wait_s
         weights = PlacementWeights(ahead_s=0.5, balance_s=0.0)
-        excluded = frozenset({"g1"})
-        assert verdict(router, ask("r", excluded_groups=excluded), weights=weights).reason is reason
+        request = ask("r", accepts=only("g0"))
+        assert verdict(router, request, weights=weights).reason is reason
 
 
 @pytest.mark.parametrize("correction", [1.0, 2.0])
@@ -131,7 +131,7 @@ def test_a_cached_prefix_is_waited_for_as_long_as_it_saves(correction: float) ->
     router, first, _ = two_groups(pace=Pace(1e-3, prefill_s_per_pair=1e-7))
     router.fleet.index.add("g0", PAGES)
     first.backlog.correction = correction
-    request = ask("r", 1600, 16, page_hashes=PAGES, excluded_groups=frozenset({"g1"}))
+    request = ask("r", 1600, 16, page_hashes=PAGES, accepts=only("g0"))
     pace = first.backlog.pace
     saved_s = (pace.prefill_s(1600) - pace.prefill_s(1600 - CACHED, CACHED)) * correction
     for wait_s, reason in ((saved_s + 0.49, Reason.CHOSEN), (saved_s + 0.51, Reason.BACKLOG)):

@@ -5,11 +5,11 @@ from collections import Counter
 
 import pytest
 
-from kvmesh.cluster.routing.errors import NoRoomError, QuotaExceededError
+from kvmesh.cluster.routing.errors import NoAllowedFormatError, QuotaExceededError
 from kvmesh.cluster.routing.fairness import TenantPolicy, Tenants
 from kvmesh.cluster.routing.outcome import Enqueued, Granted, Placement, Refused
 from kvmesh.cluster.routing.router import Router
-from tests.routing.groups import ask, end, granted, make_info, router_with
+from tests.routing.groups import ask, end, granted, make_info, only, router_with
 
 
 def test_a_tenant_that_returns_after_a_pause_starts_level() -> None:
@@ -124,7 +124,7 @@ def test_a_quota_can_be_used_up() -> None:
         assert isinstance(own, Granted) == fits
 
 
-def test_excluding_every_possible_group_is_refused_and_not_queued() -> None:
-    (refused,) = one_at_a_time().place(ask("r", excluded_groups=frozenset(["g0"])), 0.0)
+def test_a_request_that_accepts_no_groups_format_is_refused_and_not_queued() -> None:
+    (refused,) = one_at_a_time().place(ask("r", accepts=only("exact")), 0.0)
     assert isinstance(refused, Refused)
-    assert isinstance(refused.error, NoRoomError)
+    assert isinstance(refused.error, NoAllowedFormatError)

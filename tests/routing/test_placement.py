@@ -16,6 +16,7 @@ from tests.routing.groups import (
     end,
     granted,
     make_info,
+    only,
     place,
     router_with,
     want,
@@ -49,13 +50,13 @@ def test_an_engine_that_returns_has_nothing_cached() -> None:
 
 
 def test_the_group_of_a_cached_prefix_is_worth_waiting_for_until_others_wait_for_it() -> None:
-    infos = {name: make_info(sealed=1000) for name in ("g0", "g1")}
+    infos = {name: make_info(sealed=1000, kv_format=name) for name in ("g0", "g1")}
     router = router_with(pace=SLOW, groups=infos, ahead_s=10.0)
-    only = {name: {"excluded_groups": frozenset(infos.keys() - {name})} for name in infos}
+    on = {name: {"accepts": only(name)} for name in infos}
     pages = tuple(b"%d" % page for page in range(100))
-    end(router, place(router, "a", 1600, 16, 0.0, page_hashes=pages, **only["g0"]), 5.0)
-    emit(router, place(router, "full", 8000, 16, 10.0, **only["g1"]), 19.0)
-    place(router, "computes", 2500, 16, 20.0, **only["g0"])
+    end(router, place(router, "a", 1600, 16, 0.0, page_hashes=pages, **on["g0"]), 5.0)
+    emit(router, place(router, "full", 8000, 16, 10.0, **on["g1"]), 19.0)
+    place(router, "computes", 2500, 16, 20.0, **on["g0"])
     demand = router.fleet.demand(ask("b", 1600, 16, page_hashes=pages))
     weights = PlacementWeights(ahead_s=0.5, balance_s=10.0)
 
@@ -104,7 +105,7 @@ def test_a_request_is_due_after_a_multiple_of_its_prefill_and_not_at_once() -> N
 
 
 def test_prompts_go_where_they_will_be_computed_first() -> None:
-    infos = {name: make_info(sealed=1000) for name in ("g0", "g1")}
+    infos = {name: make_info(sealed=1000, kv_format=name) for name in ("g0", "g1")}
     router = router_with(pace=SLOW, groups=infos, ahead_s=10.0)
     first = place(router, "a", 8000, 16, 0.0)
     second = place(router, "b", 160, 16, 0.1)

@@ -24,6 +24,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from kvmesh.cluster.routing.accepted_formats import ANY_FORMAT, AcceptedFormats
 from kvmesh.cluster.routing.audit import audit
 from kvmesh.cluster.routing.config import RouterConfig, RouterTuning
 from kvmesh.cluster.routing.errors import RequestAbortedError
@@ -45,7 +46,7 @@ from kvmesh.workers.lease import AccountUpdate, LeaseEnd, LeaseTerms, LeaseWant
 from kvmesh.workers.loads import ArenaLoads, EngineInfo, EngineLoads, PoolLoads
 from kvmesh.workers.sizes import PageNeed
 from tests.exercised import Exercised
-from tests.routing.groups import FAST, grant, make_account, make_info
+from tests.routing.groups import FAST, grant, make_account, make_info, only
 
 GROUPS = {"a": (40, 30), "b": (40, 60), "c": (24, 120)}  # hot and sealed pages
 BLOCK_PAGES = 4
@@ -131,7 +132,13 @@ class BookEngine:
     @property
     def info(self) -> EngineInfo:
         hot, sealed = GROUPS[self.name]
-        return make_info(hot=hot, sealed=sealed, epoch=f"{self.name}{self.epoch}", max_sequences=5)
+        return make_info(
+            hot=hot,
+            sealed=sealed,
+            epoch=f"{self.name}{self.epoch}",
+            max_sequences=5,
+            kv_format=self.name,
+        )
 
     def tell(self, message: AccountUpdate | EngineLoads) -> None:
         if self.connected:
@@ -242,7 +249,7 @@ class RouterMachine(RuleBasedStateMachine):
         job = self.all[name]
         if job.state == "placed":
             placement = self.give_back(job)
-            self.place_again(job, excluded_groups=frozenset([placement.group]))
+            self.place_again(job, accepts=only(*GROUPS.keys() - {placement.group}))
 
     @rule(name=jobs)
     def client_cancels(self, name: str) -> None:
@@ -499,7 +506,7 @@ class RouterMachine(RuleBasedStateMachine):
         self,
         job: Job,
         *,
-        excluded_groups: frozenset[str] = frozenset(),
+        accepts: AcceptedFormats = ANY_FORMAT,
         lost_engines: frozenset[str] = frozenset(),
     ) -> None:
         """As a newer incarnation, with what it has emitted as part of the prompt."""
@@ -513,7 +520,7 @@ class RouterMachine(RuleBasedStateMachine):
             max_tokens=old.max_tokens - emitted,
             resumed=old.resumed or emitted > 0,
             supersedes=True,
-            excluded_groups=excluded_groups,
+            accepts=accepts,
             lost_engines=lost_engines,
         )
         job.state, job.run, job.placement = "superseded", None, None
@@ -575,6 +582,7 @@ class RouterMachine(RuleBasedStateMachine):
                     assert engine.connected
                     assert engine.info.epoch == placement.engine_epoch
                     assert engine.info.epoch not in job.request.lost_engines
+                    assert not job.request.accepts.why_not(engine.info)
                     job.state, job.placement = "placed", placement
                     job.connection = engine.connections
                 case Refused(error=error):

@@ -13,13 +13,17 @@ from pydantic import BaseModel
 from kvmesh.cluster.errors import (
     ContextExceededError,
     DrainingError,
-    NoAllowedFormatError,
     NotReadyError,
     RequestDeadlineError,
     RequestFaultError,
     UnknownModelError,
 )
-from kvmesh.cluster.routing.errors import NoRoomError, QueueFullError, RequestIdInUseError
+from kvmesh.cluster.routing.errors import (
+    NoAllowedFormatError,
+    NoRoomError,
+    QueueFullError,
+    RequestIdInUseError,
+)
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import InvalidFieldError
 from tests.cluster.openai.server import (
