@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from kvmesh.cluster import account_link
 from kvmesh.cluster.account_link import AccountLink
 from kvmesh.cluster.identity import Identity
 from kvmesh.cluster.link import Address
@@ -278,6 +279,15 @@ async def test_it_obeys_the_router(linked: Linked) -> None:
     assert [*linked.link.withdrawn] == ["1-3", "1-4"]
     linked.link.received(Replaced())
     assert isinstance(linked.leader.failed, EngineError)
+
+
+async def test_the_latest_leases_that_were_withdrawn_are_remembered(
+    linked: Linked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(account_link, "WITHDRAWN_LIMIT", 2)
+    for lease_id in ("1-1", "1-2", "1-3"):
+        linked.link.received(Withdraw((lease_id,)))
+    assert [*linked.link.withdrawn] == ["1-2", "1-3"]
 
 
 async def test_an_engine_that_has_failed_leaves(linked: Linked) -> None:

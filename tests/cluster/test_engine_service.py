@@ -7,9 +7,10 @@ from collections.abc import AsyncIterator, Callable
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from kvmesh.cluster import engine_service as engine_service_module
-from kvmesh.cluster.engine_service import EngineService, _Ingress
+from kvmesh.cluster.engine_service import EngineService, _Ingress, _request
 from kvmesh.cluster.errors import EngineLostError
 from kvmesh.cluster.link import Address, LinkError
 from kvmesh.cluster.messages import (
@@ -24,9 +25,10 @@ from kvmesh.cluster.messages import (
 from kvmesh.cluster.routing.errors import RequestAbortedError
 from kvmesh.cluster.telemetry import table
 from kvmesh.cluster.telemetry.meters import EngineMeters
+from kvmesh.workers.constraint import OutputConstraint
 from kvmesh.workers.errors import EngineError, InvalidFieldError
 from kvmesh.workers.lease import LeaseTerms
-from kvmesh.workers.request import EndReason, SequenceDelta
+from kvmesh.workers.request import EndReason, EngineRequest, PinTerms, SequenceDelta
 from kvmesh.workers.sampling_params import SamplingParams
 from tests.cluster.machine import IDENTITY, PATIENCE_S, SeenMeters, answer
 from tests.workers.test_leader import CONFIG, MANY, GatedExecutor
@@ -120,6 +122,34 @@ async def test_sequences_continue_where_their_output_stops(running: Running) -> 
         assert [token for delta in own for token in delta.token_ids] == tokens
     assert other.sent == []
     assert running.meters.of(table.SEQUENCE_QUEUE, "g0") == 2, "each is measured once"
+
+
+def test_the_engine_gets_all_that_an_ingress_says_of_a_sequence() -> None:
+    sequence = NewSequence("l.0", SamplingParams(seed=7), np.array([8, 9], "<i4").tobytes(), 3)
+    message = structs.replace(
+        submission("l", []),
+        sequences=(sequence,),
+        timeout_s=4.0,
+        cache_salt="salt",
+        suspicion=1,
+        constraint=OutputConstraint("grammar"),
+        pin=PinTerms("owner", 5.0),
+    )
+    made = _request(message, sequence)
+    assert made.prompt_token_ids.tolist() == [*PROMPT, 8, 9]
+    assert made == EngineRequest(
+        "l.0",
+        made.prompt_token_ids,
+        SamplingParams(seed=7),
+        message.lease,
+        resumed_tokens=2,
+        timeout_s=4.0,
+        cache_salt="salt",
+        suspicion=1,
+        constraint=OutputConstraint("grammar"),
+        scored_tokens=3,
+        pin=PinTerms("owner", 5.0),
+    )
 
 
 async def test_sequences_end_when_it_is_asked_for_and_with_their_ingress(
