@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kvmesh.cluster.config import ClusterConfig
 from kvmesh.cluster.haproxy_program import haproxy_program
-from kvmesh.cluster.ports import PortBlock
+from kvmesh.cluster.ports import Port, PortBlock
 
 MARGIN_BYTES = 1 << 20
 HEALTH_CHECK_MS = 3000  # of Ray's nodes
@@ -70,7 +70,6 @@ def local_variables(config: ClusterConfig, directory: Path, ports: PortBlock) ->
 
     directory: an empty directory of this cluster, for the proxy's sockets and files
     """
-    stats, metrics, fallback_http, fallback_grpc = map(ports.single, range(4))
     return {
         **serve_variables(config),
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -97,10 +96,10 @@ def local_variables(config: ClusterConfig, directory: Path, ports: PortBlock) ->
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(directory / "m.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(directory),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(directory / "server-state"),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_http),
-        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(ports[Port.PROXY_STATS]),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports[Port.PROXY_METRICS]),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports[Port.FALLBACK_HTTP]),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(ports[Port.FALLBACK_GRPC]),
         "PYTHONPATH": _python_path(),
     }
 

@@ -23,7 +23,7 @@ from kvmesh.cluster.keys import local_key
 from kvmesh.cluster.link import LinkError
 from kvmesh.cluster.local_ray import LocalRay, check_ray_sends_tokens, import_ray, muted
 from kvmesh.cluster.memory_check import check_memory
-from kvmesh.cluster.ports import take_ports
+from kvmesh.cluster.ports import Port, PortBlock, take_ports
 from kvmesh.cluster.readiness import until_running, until_serving
 from kvmesh.cluster.resources import alive, check_devices, check_layouts, check_nodes, logical_cpus
 from kvmesh.cluster.serve_config import APP_NAME, anywhere, serve_config
@@ -144,7 +144,7 @@ class Cluster:
             chosen = {setting: port for setting, port in chosen.items() if port}
             ports = take_ports(config.ingress.host, chosen)
             self._local = LocalRay(ports)
-            config = _with_ports(config, *map(ports.single, (4, 5, 6)))
+            config = _with_ports(config, ports)
         return anywhere(config, os.environ)
 
     def _start_ray(self, config: ClusterConfig) -> str | None:
@@ -254,17 +254,15 @@ def _dashboard_url(context: Any) -> str | None:
     return f"http://{context.dashboard_url}" if context.dashboard_url else None
 
 
-def _with_ports(
-    config: ClusterConfig, grpc_port: int, http_port: int, metrics_port: int
-) -> ClusterConfig:
+def _with_ports(config: ClusterConfig, ports: PortBlock) -> ClusterConfig:
     """The configuration with each port 0 replaced by a free one."""
     ingress = config.ingress.model_copy(
         update={
-            "port": config.ingress.port or grpc_port,
-            "http_port": config.ingress.http_port or http_port,
+            "port": config.ingress.port or ports[Port.GRPC],
+            "http_port": config.ingress.http_port or ports[Port.HTTP],
         }
     )
-    metrics = config.metrics.model_copy(update={"port": config.metrics.port or metrics_port})
+    metrics = config.metrics.model_copy(update={"port": config.metrics.port or ports[Port.METRICS]})
     return config.model_copy(update={"ingress": ingress, "metrics": metrics})
 
 

@@ -17,7 +17,7 @@ from kvmesh.cluster.config import ClusterConfig
 from kvmesh.cluster.environment import local_variables
 from kvmesh.cluster.errors import StartError
 from kvmesh.cluster.keys import protect_ray_token
-from kvmesh.cluster.ports import PortBlock
+from kvmesh.cluster.ports import Port, PortBlock
 from kvmesh.cluster.processes import (
     adopt_orphans,
     children_named,
@@ -59,7 +59,7 @@ class LocalRay:
         scratch.mkdir()
         try:
             with _temporary_directory(scratch):
-                self._node = start_node(config, self._directory / "ray", self._ports.single(7))
+                self._node = start_node(config, self._directory / "ray", self._ports[Port.GCS])
             ray = import_ray()
             context = ray.init(self._node.address, logging_level="ERROR", log_to_driver=False)
         except Exception as error:  # the class that Ray raises when its node is not up in time

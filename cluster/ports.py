@@ -10,13 +10,26 @@ import contextlib
 import errno
 import socket
 from dataclasses import dataclass
+from enum import IntEnum
 
 from kvmesh.workers.errors import ConfigError
 
 # Below 32768, where Linux takes the ports of outgoing connections from.
 FIRST_PORT, END_PORT = 20_000, 32_000
 BLOCK_SIZE = 400
-SINGLE_PORTS = 10  # of a block; replicas have the others
+
+
+class Port(IntEnum):
+    """Places in a block; replicas have those after them."""
+
+    PROXY_STATS = 0
+    PROXY_METRICS = 1
+    FALLBACK_HTTP = 2
+    FALLBACK_GRPC = 3
+    GRPC = 4
+    HTTP = 5
+    METRICS = 6
+    GCS = 7
 
 
 class PortLock:
@@ -48,15 +61,13 @@ class PortBlock:
     locks: tuple[PortLock, ...]
     first: int
 
-    def single(self, index: int) -> int:
-        """One of SINGLE_PORTS."""
-        assert 0 <= index < SINGLE_PORTS
-        return self.first + index
+    def __getitem__(self, port: Port) -> int:
+        return self.first + port
 
     @property
     def http_replicas(self) -> range:
         """For the HTTP servers of replicas."""
-        return range(self.first + SINGLE_PORTS, self.first + BLOCK_SIZE // 2)
+        return range(self.first + len(Port), self.first + BLOCK_SIZE // 2)
 
     @property
     def grpc_replicas(self) -> range:

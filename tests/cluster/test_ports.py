@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from kvmesh.cluster import ports
-from kvmesh.cluster.ports import SINGLE_PORTS, take_ports
+from kvmesh.cluster.ports import Port, take_ports
 from kvmesh.workers.errors import ConfigError
 
 # Apart from the ports of clusters that run meanwhile, and of other runs of these tests.
@@ -79,14 +79,14 @@ def test_a_block_with_a_port_in_use_is_skipped() -> None:
 def test_parts_of_a_block_are_disjoint() -> None:
     block = take_ports("127.0.0.1", {})
     block.release()
-    singles = [block.single(index) for index in range(SINGLE_PORTS)]
+    singles = [block[port] for port in Port]
     everything = [*singles, *block.http_replicas, *block.grpc_replicas]
     assert sorted(everything) == list(range(block.first, block.first + BLOCK_SIZE))
 
 
 def test_a_chosen_port_belongs_to_one_cluster_before_it_is_bound() -> None:
     own = take_ports("127.0.0.1", {})
-    port = own.single(0)
+    port = own[Port.GRPC]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", port))
         with pytest.raises(ConfigError, match=f"{port} is in use"):
@@ -104,7 +104,7 @@ def test_ports_that_could_not_be_taken_together_are_free_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     own = take_ports("127.0.0.1", {})
-    free, taken = own.single(0), own.single(1)
+    free, taken = own[Port.GRPC], own[Port.HTTP]
     with socket.socket() as other:
         other.bind(("127.0.0.1", taken))
         with pytest.raises(ConfigError) as in_use:

@@ -18,7 +18,7 @@ import psutil
 
 from kvmesh.cluster.config import build
 from kvmesh.cluster.environment import local_variables
-from kvmesh.cluster.ports import PortBlock
+from kvmesh.cluster.ports import Port, PortBlock
 from kvmesh.cluster.processes import adopt_orphans, descendants, end_descendants
 from kvmesh.cluster.serve_config import anywhere, serve_config
 from tests.cluster.e2e.harness import PATIENCE_S, wait_for
@@ -71,9 +71,10 @@ def ray_nodes(
     environment = {**os.environ, **variables, "RAY_AUTH_TOKEN": TOKEN}
     adopt_orphans()
     keep = descendants()
-    gcs, url = f"{node_address()}:{ports.single(8)}", f"http://127.0.0.1:{ports.single(7)}"
+    gcs_port, dashboard_port = ports[Port.GCS], ports[Port.METRICS]
+    gcs, url = f"{node_address()}:{gcs_port}", f"http://127.0.0.1:{dashboard_port}"
     nodes = RayNodes(url, gcs)
-    roles = [["--head", f"--port={ports.single(8)}", f"--dashboard-port={ports.single(7)}"]]
+    roles = [["--head", f"--port={gcs_port}", f"--dashboard-port={dashboard_port}"]]
     roles[0].append(f"--temp-dir={directory / 'r'}")
     roles += [[f"--address={gcs}"] for _ in cpus[1:]]
     log = (directory / "ray.log").open("w")

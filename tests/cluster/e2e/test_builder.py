@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from kvmesh.client import AuthenticationError, Client
-from kvmesh.cluster.ports import take_ports
+from kvmesh.cluster.ports import Port, take_ports
 from tests.cluster.e2e.harness import PATIENCE_S, SMALL_ENGINE, wait_for
 from tests.cluster.e2e.ray_nodes import (
     TOKEN,
@@ -68,7 +68,11 @@ def head() -> Iterator[RayHead]:
         values = {
             "model": str(shallow_path()),
             "engine": dict(SMALL_ENGINE),
-            "ingress": {"host": "127.0.0.1", "port": ports.single(4), "http_port": ports.single(5)},
+            "ingress": {
+                "host": "127.0.0.1",
+                "port": ports[Port.GRPC],
+                "http_port": ports[Port.HTTP],
+            },
             "auth": {"key_directory": str(key.parent)},
             "timeouts": {"drain_s": 5},
         }

@@ -17,7 +17,7 @@ import yaml
 
 from kvmesh.client import Client, KVMeshError, Loads
 from kvmesh.cluster.lifecycle import Endpoint
-from kvmesh.cluster.ports import take_ports
+from kvmesh.cluster.ports import Port, take_ports
 from tests.cluster.e2e.harness import (
     SMALL_ENGINE,
     check_accounts,
@@ -95,8 +95,8 @@ def cluster() -> Iterator[Cluster]:
             "groups": GROUPS,
             "ingress": {
                 "host": "127.0.0.1",
-                "port": ports.single(4),
-                "http_port": ports.single(5),
+                "port": ports[Port.GRPC],
+                "http_port": ports[Port.HTTP],
                 "replicas": 2,
             },
             "auth": {"key_directory": str(keys.parent)},
@@ -106,7 +106,7 @@ def cluster() -> Iterator[Cluster]:
             config = {**deployable(values), "proxy_location": "HeadOnly"}
             (directory / "serve.yaml").write_text(yaml.safe_dump(config))
             deploy(nodes.url, directory / "serve.yaml")
-            cluster = Cluster(nodes, Endpoint(f"127.0.0.1:{ports.single(4)}", "", KEY, None))
+            cluster = Cluster(nodes, Endpoint(f"127.0.0.1:{ports[Port.GRPC]}", "", KEY, None))
             wait_for(lambda: len(cluster.healthy()) == GROUPS, "every group is up")
             yield cluster
     ports.release()
