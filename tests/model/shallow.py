@@ -16,13 +16,7 @@ from kvmesh.workers.model.store import ModelStore, default_root
 KEPT = (0, 9, 19, 29)
 LAYERS = len(KEPT)
 KEY = f"smollm2-of-{LAYERS}-layers-1"
-COPIED = (
-    "chat_template.jinja",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-)
-WEIGHTS = "model.safetensors"
+COPIED = ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json")
 MAX_BYTES = 200 << 20
 
 
@@ -46,11 +40,12 @@ def _fill(whole: Path, directory: Path) -> None:
     config = json.loads((whole / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "num_hidden_layers": LAYERS}))
     kept = {}
-    with safe_open(whole / WEIGHTS, "pt") as file:
-        for stored in file.keys():  # noqa: SIM118 - it is no mapping
-            if (name := _renumbered(stored)) is not None:
-                kept[name] = file.get_tensor(stored)
-    save_file(kept, directory / WEIGHTS, metadata={"format": "pt"})
+    for path in whole.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for stored in file.keys():  # noqa: SIM118 - it is no mapping
+                if (name := _renumbered(stored)) is not None:
+                    kept[name] = file.get_tensor(stored)
+    save_file(kept, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 def _renumbered(stored: str) -> str | None:

@@ -17,6 +17,7 @@ from kvmesh.workers.engine import Engine
 from kvmesh.workers.executor import Executor
 from kvmesh.workers.local import local_executor
 from kvmesh.workers.model.embedded import EMBEDDED_NAME
+from kvmesh.workers.model.facts import eos_token_ids
 from kvmesh.workers.model.source import resolve_model
 from kvmesh.workers.model.tokenizer import Tokenizer
 from tests.model.shallow import make_shallow, shallow_path
@@ -78,8 +79,9 @@ def by_engine(
 def check_greedy(path: Path, prompts: list[list[int]], outputs: list[list[int]]) -> None:
     """Against transformers in fp32."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    ends = eos_token_ids(path)
     for prompt, output in zip(prompts, outputs, strict=True):
-        assert len(output) == TOKENS or output[-1] == model.generation_config.eos_token_id
+        assert len(output) == TOKENS or output[-1] in ends
         assert output == first_choices(model, prompt, output)
 
 
