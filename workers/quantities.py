@@ -64,7 +64,9 @@ def _amount(value: object, sizes: Mapping[str, Fraction]) -> tuple[Fraction | No
         found = _AMOUNT.fullmatch(value)
         size = sizes.get(found[2].lower()) if found else None
         return (Fraction(found[1]), size) if found and size else (None, Fraction(1))
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None, Fraction(1)
+    if isinstance(value, float) and not math.isfinite(value):  # it cannot be asked of all ints
         return None, Fraction(1)
     return Fraction(value), Fraction(1)
 

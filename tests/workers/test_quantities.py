@@ -15,6 +15,7 @@ from kvmesh.workers.quantities import (
     Number,
     Seconds,
     Switch,
+    Tokens,
     WholeNumber,
 )
 
@@ -132,3 +133,9 @@ def test_numbers_are_not_switches() -> None:
     ]
     for value in (0, 1, 1.0, None):
         assert refused(Switch, value) == "Value error, must be true or false"
+
+
+@pytest.mark.parametrize("kind", [Bytes, Tokens, WholeNumber, Number, Seconds])
+def test_numbers_beyond_all_floats_are_refused(kind: Any) -> None:
+    for value in (10**400, "1e999"):
+        refused(kind, value)
