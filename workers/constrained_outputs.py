@@ -32,7 +32,8 @@ class ConstrainedOutputs:
             self._preparing[seq] = self._grammars.prepare(constraint, output)
 
     def remove(self, seq: Sequence) -> None:
-        self._preparing.pop(seq, None)
+        if (found := self._preparing.pop(seq, None)) is not None:
+            found.cancel()  # unless it has begun, nobody else has to wait for it
 
     @property
     def preparing(self) -> bool:

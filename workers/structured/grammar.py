@@ -41,7 +41,12 @@ _DATA = frozenset({"const", "enum", "default", "examples", "example"})
 # taken to the end of their line, so that no text takes longer than its length.
 _LARK_TEXT = re.compile(r'"(?:\\.|[^"\\\n])*+"?|//[^\n]*|/(?:\\.|[^/\\\n])++/?|#[^\n]*')
 # The library's own test for it takes the square of the length, in one call that nothing interrupts.
-_LARK_START = re.compile(r"^[ \t]*(%llguidance\b|start[ \t]*:)", re.MULTILINE)
+# It also takes GBNF's `start ::=` for Lark.
+_LARK_START = re.compile(r"^[ \t]*(%llguidance\b|start[ \t]*:(?!:=))", re.MULTILINE)
+# In GBNF: what names no rule, or else the name `start`.
+_GBNF_START = re.compile(
+    r'("(?:\\.|[^"\\\n])*+"?|\[(?:\\.|[^\]\\\n])*+\]?|#[^\n]*)|(?<![\w-])start(?![\w-])'
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +85,14 @@ def choice(values: Sequence[str]) -> Grammar:
     return lark("start: " + " | ".join(map(literal, values)))
 
 
+def _of_gbnf(text: str) -> str:
+    """In Lark, where the rule `start` is the whole, which GBNF calls `root`."""
+    return gbnf_to_lark(_GBNF_START.sub(lambda found: found[1] or "rule-start", text))
+
+
 def context_free(text: str) -> Grammar:
     """Lark or GBNF. Raises ValueError if it is neither, or has what requests may not use."""
-    rules = text if _LARK_START.search(text) else gbnf_to_lark(text)
+    rules = text if _LARK_START.search(text) else _of_gbnf(text)
     rules = rules.replace("%llguidance {}", "")
     bare = _LARK_TEXT.sub("", rules)
     if "%llguidance" in bare:

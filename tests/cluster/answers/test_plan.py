@@ -154,6 +154,19 @@ REFUSED: list[tuple[str, Any, str]] = [
 ]
 
 
+def test_a_rule_of_gbnf_may_be_called_start() -> None:
+    for grammar in (
+        'root ::= start [start]\nstart ::= "start"  # the start',
+        'start ::= "start"\nroot ::= start [start]',
+    ):
+        spec = AnswerSpec(StructuredSpec("grammar", grammar))
+        constraint = plan_answer(spec, model("hermes"), None).constraint
+        assert constraint is not None
+        for text, fits in (("starts", True), ("startx", False), ("rule-starts", False)):
+            matcher = LLMatcher(_alphabet(), constraint.grammar, log_level=0)
+            assert matcher.consume_tokens([*text.encode(), 256]) == fits, text
+
+
 @pytest.mark.parametrize(("kind", "value", "reason"), REFUSED)
 def test_what_cannot_be_enforced_is_refused_by_name(kind: str, value: Any, reason: str) -> None:
     with pytest.raises(InvalidFieldError, match=r"structured_output\.") as caught:
