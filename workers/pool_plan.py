@@ -69,8 +69,10 @@ def plan_pool(
     per_sequence = geometry.hot_per_sequence()
     hot_limit = int(budget_bytes * max_hot_share) // geometry.hot_page_bytes
     wanted_headroom = geometry.on_fullest(-(-max_num_batched_tokens // geometry.page_size))
-    headroom = max(1, min(wanted_headroom, hot_limit // 2))
     hot_bytes = per_sequence * geometry.hot_page_bytes + geometry.state_bytes
+    spare_bytes = budget_bytes - hot_bytes - geometry.sealed_page_bytes  # beside one sequence
+    headroom = min(wanted_headroom, hot_limit // 2, spare_bytes // geometry.hot_page_bytes)
+    headroom = max(1, headroom)
     room_bytes = int(budget_bytes * max_hot_share) - headroom * geometry.hot_page_bytes
     seqs = min(max_num_seqs, max(1, room_bytes // hot_bytes))
     hot = seqs * per_sequence

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -70,6 +71,26 @@ def test_the_smallest_budget_holds_one_sequence_and_a_sealed_page(
     else:
         plan = plan_pool(budget, GEOMETRY, **arguments)
         assert (plan.hot_total, plan.sealed_pages, plan.max_num_seqs) == (5, sealed, 1)
+
+
+@pytest.mark.parametrize("state_bytes", [0, 100_000])
+@pytest.mark.parametrize("windows", [(0, 0), (1, 8)])
+@pytest.mark.parametrize("step_tokens", [1, 100_000])
+def test_what_a_budget_is_said_to_need_is_enough(
+    state_bytes: int, windows: tuple[int, int], step_tokens: int
+) -> None:
+    sink, recent = windows
+    geometry = replace(GEOMETRY, sink_pages=sink, recent_pages=recent, state_bytes=state_bytes)
+    with pytest.raises(ConfigError) as caught:
+        plan_pool(1, geometry, max_num_seqs=8, max_num_batched_tokens=step_tokens)
+    said = re.search(r"which needs ([\d,]+) bytes", str(caught.value))
+    assert said is not None
+    needed = int(said[1].replace(",", ""))
+    for budget in range(needed, needed + 20_000, 700):
+        plan = plan_pool(budget, geometry, max_num_seqs=8, max_num_batched_tokens=step_tokens)
+        assert plan.num_bytes(geometry) <= budget
+    with pytest.raises(ConfigError, match=f"needs {needed:,} bytes"):
+        plan_pool(needed - 1, geometry, max_num_seqs=8, max_num_batched_tokens=step_tokens)
 
 
 def test_few_sequences_leave_the_rest_to_sealed_pages() -> None:
