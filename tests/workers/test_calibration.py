@@ -325,6 +325,8 @@ def _narrow(metadata: dict[str, str], tensors: dict[str, Tensor]) -> None:
         (_narrow, r"has layers\.0\.k\.scale of shape \[3, 8\], expected \[4, 8\]"),
         (_drop("layers.2.k.zero"), r"for layers\.2\.k, expected bounds, .*zero"),
         (_drop("samples"), "is not a calibration file"),
+        (_drop("version"), "is not a calibration file"),
+        (_set("context", "some"), "is damaged: its context is 'some'"),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused(

@@ -86,14 +86,18 @@ class Calibration:
         """
         try:
             metadata, tensors = _read(path)
+            if (version := metadata["version"]) != _VERSION:
+                raise _MismatchError(
+                    f"has format version {version}, but this kvmesh reads {_VERSION}"
+                )
             found = cls(
                 model=metadata["model"],
                 model_revision=metadata["model_revision"],
                 kv_format=metadata["kv_format"],
-                head_dim=int(metadata["head_dim"]),
-                sink_pages=int(metadata["sink_pages"]),
-                samples=int(metadata["samples"]),
-                context=int(metadata["context"]),
+                head_dim=_number(metadata, "head_dim"),
+                sink_pages=_number(metadata, "sink_pages"),
+                samples=_number(metadata, "samples"),
+                context=_number(metadata, "context"),
                 layers=_layers(tensors),
             )
             found._check(metadata, fmt, facts, sink_pages)
@@ -137,10 +141,6 @@ class Calibration:
     def _check(
         self, metadata: Mapping[str, str], fmt: KVFormat, facts: ModelFacts, sink_pages: int
     ) -> None:
-        if metadata.get("version") != _VERSION:
-            raise _MismatchError(
-                f"has format version {metadata.get('version')}, but this kvmesh reads {_VERSION}"
-            )
         if self.kv_format != fmt.name:
             raise _MismatchError(f"is for the format {self.kv_format}, not for {fmt.name}")
         if self.model_revision != facts.revision:
@@ -168,6 +168,13 @@ class Calibration:
 
 class _MismatchError(Exception):
     """What is wrong with a file, as a predicate: "is for ...", "has ..."."""
+
+
+def _number(metadata: Mapping[str, str], name: str) -> int:
+    try:
+        return int(metadata[name])
+    except ValueError:
+        raise _MismatchError(f"is damaged: its {name} is {metadata[name]!r:.60}") from None
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

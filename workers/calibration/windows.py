@@ -18,10 +18,12 @@ def windows_of(text: str, tokenizer: Tokenizer, samples: int, context: int) -> l
         opening = []
     length = context - len(opening)
     if len(plain) < samples * length:
+        most = len(plain) // length
+        fewer = f"use at most {most} samples or" if most else "use"
         raise ConfigError(
             "text",
-            f"has {len(plain)} tokens, too few for {samples} samples of {context};"
-            f" use at most {len(plain) // length} samples or a longer text",
+            f"has {len(plain)} tokens, too few for {samples} samples of {context}; {fewer} "
+            "a longer text",
         )
     stride = (len(plain) - length) // max(1, samples - 1) if samples > 1 else 0
     starts = [index * stride for index in range(samples)]
