@@ -100,6 +100,10 @@ def _add_message(found: pb.Chat, message: Message | Mapping[str, Any], path: str
         if value is None:  # as OpenAI's API has the content of a message with calls
             continue
         if name == "tool_calls":
+            if isinstance(value, str | Mapping) or not isinstance(value, Sequence):
+                raise InvalidRequestError.of(
+                    f"{path}.tool_calls", f"must be a list, got {value!r:.60}"
+                )
             for position, call in enumerate(value):
                 _add_call(added, call, f"{path}.tool_calls[{position}]")
         elif name == "content" and isinstance(value, Sequence) and not isinstance(value, str):
@@ -127,11 +131,11 @@ def _add_call(message: pb.ChatMessage, call: Any, path: str) -> None:
 
 
 def _add_tool(found: pb.Chat, tool: Any, path: str) -> None:
-    function = _function(tool, path)
+    given = {name: value for name, value in _function(tool, path).items() if value is not None}
     added = found.tools.add()
     for name in ("name", "description"):
-        assign(added, name, function.get(name, ""), f"{path}.{name}")
-    parameters = function.get("parameters", {})
+        assign(added, name, given.get(name, ""), f"{path}.{name}")
+    parameters = given.get("parameters", {})
     assign(added, "parameters_json", _json(parameters, path), f"{path}.parameters")
 
 

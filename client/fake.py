@@ -163,7 +163,7 @@ class FakeServer:
             raise _failure_of(failure)
         waits, self._waits = self._waits, []
         yield from (_wait_event(event) for event in waits if isinstance(event, Queued))
-        output = fake_output(self._answers[0], request.sampling_params)
+        output = fake_output(self._answers[0], request)
         yield pb.GenerateStreamResponse(
             started=pb.Started(
                 request_id=request.request_id, model=request.model or "fake",
@@ -194,7 +194,7 @@ class FakeServer:
             raise _failure_of(self._outage[0])
 
     def _generate(self, request: pb.GenerateRequest) -> pb.GenerateResponse:
-        output = fake_output(self._answers[0], request.sampling_params)
+        output = fake_output(self._answers[0], request)
         self._next_answer()
         reply = pb.GenerateResponse(
             request_id=request.request_id,

@@ -71,13 +71,15 @@ class FakeOutput:
         )
 
 
-def fake_output(answer: str | FakeAnswer, params: pb.SamplingParams) -> FakeOutput:
+def fake_output(answer: str | FakeAnswer, request: pb.GenerateRequest) -> FakeOutput:
     """The output of one choice. Sampling itself is not imitated: all choices are the same."""
+    params = request.sampling_params
     if isinstance(answer, str):
         answer = FakeAnswer(answer)
     words = re.findall(r"\s*\S+|\s+$", answer.text)
     max_tokens = params.max_tokens if params.HasField("max_tokens") else DEFAULT_MAX_TOKENS
-    max_tokens = max(0 if params.HasField("prompt_logprobs") else 1, max_tokens)
+    may_be_empty = params.HasField("prompt_logprobs") or request.HasField("pin_s")
+    max_tokens = max(0 if may_be_empty else 1, max_tokens)
     choice = pb.Choice(reasoning=answer.reasoning)
     starts: list[int] = []
     while not choice.finish_reason:

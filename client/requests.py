@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import secrets
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Set, Sized
 from typing import Any, TypeVar
 
 from kvmesh.client.chats import assign, chat, set_chat_option, set_structured_output
@@ -36,7 +36,7 @@ _NOT_OPTIONS = frozenset({"prompt", "sampling_params", "resume", "messages"})
 
 def prompt_message(prompt: Prompt) -> pb.Prompt:
     """The message of a prompt: text from a str, a chat from messages, otherwise token ids."""
-    if isinstance(prompt, Mapping) or not isinstance(prompt, Sized):
+    if isinstance(prompt, Mapping | Set) or not isinstance(prompt, Sized):
         raise InvalidRequestError.of(
             "prompt", f"expected text, messages or token ids, got {prompt!r:.60}"
         )

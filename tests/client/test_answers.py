@@ -84,6 +84,19 @@ def test_calls_can_be_sent_back() -> None:
     assert (call.id, call.name, call.arguments_json) == ("c0", "f", '{"x": 1}')
 
 
+def test_calls_that_are_no_list_are_refused() -> None:
+    client = Client(transport=FakeTransport())
+    for calls in (5, "f", {"name": "f"}):
+        with pytest.raises(InvalidRequestError, match=r"messages\[0\]\.tool_calls: must be a list"):
+            client.chat([{"role": "assistant", "tool_calls": calls}])
+
+
+def test_what_a_tool_leaves_open_may_be_none() -> None:
+    tool = {"name": "f", "description": None, "parameters": None}
+    (added,) = sent(tools=[tool]).prompt.chat.tools
+    assert (added.name, added.description, added.parameters_json) == ("f", "", "{}")
+
+
 @pytest.mark.parametrize(
     ("given", "kind", "value"),
     [

@@ -118,6 +118,12 @@ def test_logprobs(best: int) -> None:
     assert "".join(entry.chosen.text for entry in choice.logprobs) == TEXT
 
 
+def test_a_prompt_alone_is_pinned_or_scored() -> None:
+    for options in ({"pin_s": 60.0}, {"prompt_logprobs": 1}):
+        done = Client(transport=FakeTransport(["a b"])).generate("x", max_tokens=0, **options)
+        assert (done.text, done.usage.completion_tokens) == ("", 0)
+
+
 def test_seeds_are_reported_and_chosen_where_none_is_given() -> None:
     client = Client(transport=FakeTransport())
     assert client.generate("hi", seed=0).seed == 0
@@ -179,7 +185,7 @@ def test_any_output_keeps_the_contract(
         stop_token_ids=stop_token_ids,
         ignore_eos=ignore_eos,
     )
-    output = fake_output(text, params)
+    output = fake_output(text, pb.GenerateRequest(sampling_params=params))
     choice = output.choice
     SEEN.add(pb.FinishReason.Name(choice.finish_reason))
     SEEN.add("stop strings", choice.HasField("matched_stop_string"))
