@@ -6,6 +6,7 @@ line (config_sources.py); config_text.py prints them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
@@ -454,7 +455,7 @@ class ClusterConfig(Settings):
         values = engine.model_dump(exclude={"cpus_per_rank"})
         if engine.calibration is not None:
             # Ranks run in other working directories.
-            values["calibration"] = str(Path(engine.calibration).expanduser().absolute())
+            values["calibration"] = str(Path(os.path.expanduser(engine.calibration)).absolute())
         return EngineConfig(model=self.model, **values)
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -82,7 +83,7 @@ def anywhere(config: ClusterConfig, environ: Mapping[str, str]) -> ClusterConfig
         "engine": _with_absolute(config.engine, "calibration"),
         "groups": groups,
     }
-    if config.model != EMBEDDED_NAME and Path(config.model).expanduser().exists():
+    if config.model != EMBEDDED_NAME and Path(os.path.expanduser(config.model)).exists():
         changes["model"] = _absolute(config.model)
     return config.model_copy(update=changes)
 
@@ -96,4 +97,4 @@ def _with_absolute(settings: AnySettings, name: str) -> AnySettings:
 
 
 def _absolute(path: str | Path) -> str:
-    return str(Path(path).expanduser().absolute())
+    return str(Path(os.path.expanduser(path)).absolute())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ def planned_model(name: str) -> PlannedModel:
     Raises ConfigError naming `model` if there is none, or what its configuration lacks, and
     UnsupportedModelError for an architecture whose weights cannot be counted.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         return _of_config(read_json(path / "config.json"), path / "config.json", str(path))
     if path.suffix == ".json" or path.is_file():

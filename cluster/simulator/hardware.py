@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,7 @@ def model_shape(name: str) -> ModelShape:
 
     Raises ValueError if there is none, ConfigError if its configuration does not say what it costs.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if name in MODELS:
         return MODELS[name]
     if not path.exists():

@@ -517,6 +517,11 @@ def test_a_failed_or_killed_fill_leaves_no_entry(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["key"]
 
 
+def test_the_home_of_an_unknown_user_is_no_model() -> None:
+    with pytest.raises(ConfigError, match="'~nobody-of-this-name/m' is not a model"):
+        resolve_model("~nobody-of-this-name/m")
+
+
 def test_a_full_disk_is_reported_before_the_download(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ def _find(
 ) -> tuple[Path, str]:
     """The model's directory and name. hub_files: patterns of what is fetched from the hub"""
     name = name_or_path
-    path = Path(name_or_path).expanduser()
+    path = Path(os.path.expanduser(name_or_path))
     if name_or_path == EMBEDDED_NAME:
         directory = _embedded(store, report)
     elif path.is_dir():
