@@ -33,7 +33,7 @@ class ConstrainedOutputs:
 
     def remove(self, seq: Sequence) -> None:
         if (found := self._preparing.pop(seq, None)) is not None:
-            found.cancel()  # unless it has begun, nobody else has to wait for it
+            found.cancel()  # others need not wait until it is compiled
 
     @property
     def preparing(self) -> bool:

@@ -70,7 +70,7 @@ def plan_pool(
     hot_limit = int(budget_bytes * max_hot_share) // geometry.hot_page_bytes
     wanted_headroom = geometry.on_fullest(-(-max_num_batched_tokens // geometry.page_size))
     hot_bytes = per_sequence * geometry.hot_page_bytes + geometry.state_bytes
-    spare_bytes = budget_bytes - hot_bytes - geometry.sealed_page_bytes  # beside one sequence
+    spare_bytes = budget_bytes - hot_bytes - geometry.sealed_page_bytes  # with one sequence
     headroom = min(wanted_headroom, hot_limit // 2, spare_bytes // geometry.hot_page_bytes)
     headroom = max(1, headroom)
     room_bytes = int(budget_bytes * max_hot_share) - headroom * geometry.hot_page_bytes
