@@ -37,13 +37,14 @@ class PortLock:
 
     A socket in Linux's abstract namespace: no file, and it is free again when its owner has
     ended, however it ended. The namespace belongs to the network namespace, as ports do.
+    Of datagrams, so that others can see who has a name without taking it: see `_held`.
     """
 
     def __init__(self, name: str) -> None:
         """Raises BlockingIOError if another process holds it."""
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         try:
-            self._socket.bind(f"\0kvmesh/{name}")
+            self._socket.bind(_address(name))
         except OSError as error:
             self._socket.close()
             if error.errno != errno.EADDRINUSE:
@@ -80,7 +81,7 @@ class PortBlock:
 
 
 def take_ports(host: str, chosen: dict[str, int]) -> PortBlock:
-    """A free block, and the ports that the user has chosen.
+    """A free block, and the ports that the user has chosen, which are in nobody's block.
 
     host: address that the chosen ports are for
     chosen: ports by the settings that they come from
@@ -89,19 +90,20 @@ def take_ports(host: str, chosen: dict[str, int]) -> PortBlock:
     with contextlib.ExitStack() as stack:
         locks = []
         for setting, port in chosen.items():
-            lock = _take(f"port/{port}")
+            lock = _take(_name_of_port(port))
             if lock is not None:
                 stack.callback(lock.release)
                 locks.append(lock)
-            if lock is None or _in_use(host, port):
+            # Also by a cluster in whose block it is: that one may bind it later.
+            if lock is None or _held(_name_of_block(port)) or _in_use(host, port):
                 raise ConfigError(
                     setting, f"{port} is in use; choose another, or 0 for any free one"
                 )
         for first in range(FIRST_PORT, END_PORT, BLOCK_SIZE):
-            if (lock := _take(f"ports/{first}")) is None:
+            if (lock := _take(_name_of_block(first))) is None:
                 continue
-            if any(_in_use("", port) for port in range(first, first + BLOCK_SIZE)):
-                lock.release()  # by another program, or by what is left of a killed cluster
+            if any(map(_is_taken, range(first, first + BLOCK_SIZE))):
+                lock.release()
                 continue
             stack.pop_all()
             return PortBlock((*locks, lock), first)
@@ -112,11 +114,38 @@ def take_ports(host: str, chosen: dict[str, int]) -> PortBlock:
     )
 
 
+def _is_taken(port: int) -> bool:
+    """By a user's choice, by another program, or by what is left of a killed cluster."""
+    return _held(_name_of_port(port)) or _in_use("", port)
+
+
+def _name_of_port(port: int) -> str:
+    return f"port/{port}"
+
+
+def _name_of_block(port: int) -> str:
+    """Of the block that a port is in."""
+    return f"ports/{port - (port - FIRST_PORT) % BLOCK_SIZE}"
+
+
+def _address(name: str) -> str:
+    return f"\0kvmesh/{name}"
+
+
 def _take(name: str) -> PortLock | None:
     try:
         return PortLock(name)
     except BlockingIOError:
         return None
+
+
+def _held(name: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(_address(name))
+        except ConnectionRefusedError:
+            return False
+    return True
 
 
 def _in_use(host: str, port: int) -> bool:

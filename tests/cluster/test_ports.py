@@ -85,8 +85,7 @@ def test_parts_of_a_block_are_disjoint() -> None:
 
 
 def test_a_chosen_port_belongs_to_one_cluster_before_it_is_bound() -> None:
-    own = take_ports("127.0.0.1", {})
-    port = own[Port.GRPC]
+    port = FIRST_PORT - 1
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", port))
         with pytest.raises(ConfigError, match=f"{port} is in use"):
@@ -97,14 +96,45 @@ def test_a_chosen_port_belongs_to_one_cluster_before_it_is_bound() -> None:
     assert caught.value.field == "metrics.port"
     block.release()
     take_ports("127.0.0.1", {"ingress.port": port}).release()
+
+
+def test_a_chosen_port_is_in_nobodys_block() -> None:
+    """Neither in that of the cluster it is chosen for, nor in one that is taken later."""
+    own = take_ports("127.0.0.1", {})
     own.release()
+    ports = {"ingress.port": own[Port.PROXY_STATS], "metrics.port": own.grpc_replicas[-1]}
+    chosen = take_ports("127.0.0.1", ports)
+    other = take_ports("127.0.0.1", {})
+    assert own.first < chosen.first < other.first
+    other.release()
+    chosen.release()
+    again = take_ports("127.0.0.1", {})
+    again.release()
+    assert again.first == own.first
+
+
+def test_a_port_of_another_clusters_block_cannot_be_chosen() -> None:
+    other = take_ports("127.0.0.1", {})
+    for port in (other[Port.PROXY_STATS], other.http_replicas[2], other.grpc_replicas[-1]):
+        with pytest.raises(ConfigError, match=f"{port} is in use") as caught:
+            take_ports("127.0.0.1", {"ingress.http_port": port})
+        assert caught.value.field == "ingress.http_port"
+    other.release()
+    take_ports("127.0.0.1", {"ingress.http_port": other[Port.PROXY_STATS]}).release()
+
+
+def test_clusters_can_choose_neighbouring_ports() -> None:
+    one = take_ports("127.0.0.1", {"ingress.port": FIRST_PORT})
+    two = take_ports("127.0.0.1", {"ingress.port": FIRST_PORT + 1})
+    assert one.first != two.first
+    one.release()
+    two.release()
 
 
 def test_ports_that_could_not_be_taken_together_are_free_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    own = take_ports("127.0.0.1", {})
-    free, taken = own[Port.GRPC], own[Port.HTTP]
+    free, taken = FIRST_PORT, FIRST_PORT + 1
     with socket.socket() as other:
         other.bind(("127.0.0.1", taken))
         with pytest.raises(ConfigError) as in_use:
@@ -116,7 +146,6 @@ def test_ports_that_could_not_be_taken_together_are_free_again(
             take_ports("127.0.0.1", {"ingress.port": free, "metrics.port": taken})
     assert too_many.value.field == "ingress.port"
     take_ports("127.0.0.1", {"ingress.port": free, "metrics.port": taken}).release()
-    own.release()
 
 
 def test_too_many_clusters_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
