@@ -29,7 +29,7 @@ _REFUSED_KEY: Final = (401, 403)
 
 class ServedAnswers:
     """base: the server's URL, without /v1. A server that is lost, or has no room, is asked again,
-    until none of the requests got an answer for MAX_OUTAGE_S.
+    until none of the requests got an answer for MAX_OUTAGE_S after the first that failed.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class ServedAnswers:
         self._base = base
         self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._clock = clock
-        self._answered_s = clock()
+        self._outage_s: float | None = None  # when it began; None since an answer
         self.pause_s = FIRST_PAUSE_S
 
     async def __aenter__(self) -> Self:
@@ -75,7 +75,7 @@ class ServedAnswers:
     async def answer(self, request: LineRequest) -> LineResponse:
         pause_s = self.pause_s
         while True:
-            wait_s = 0.0
+            wait_s, asked_s = 0.0, self._clock()
             # Another id for each attempt: a server may still be ending the one before.
             request_id = secrets.token_hex(16)
             try:
@@ -96,12 +96,16 @@ class ServedAnswers:
                     raise BatchRunError(f"{self._base} refuses the key: {_message(data)}")
                 lasting = reply.headers.get("x-should-retry") == "false"
                 if reply.status not in PASSING or lasting:
-                    self._answered_s = self._clock()
+                    self._outage_s = None
                     request_id = reply.headers.get("x-request-id", request_id)
                     return LineResponse(reply.status, request_id, _json(data))
                 trouble = _message(data)
                 wait_s = _seconds(reply.headers.get("retry-after"))
-            if self._clock() - self._answered_s > MAX_OUTAGE_S:
+            now_s = self._clock()
+            # The server was at work on a request that took that long to fail.
+            if self._outage_s is None or now_s - asked_s > MAX_OUTAGE_S:
+                self._outage_s = now_s
+            if now_s - self._outage_s > MAX_OUTAGE_S:
                 raise self._unreachable(trouble)
             await asyncio.sleep(wait_s + random.uniform(0, pause_s))
             pause_s = min(pause_s * 2, MAX_PAUSE_S)

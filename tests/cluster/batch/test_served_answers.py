@@ -115,37 +115,59 @@ async def test_faults_of_a_request_are_its_answer(
     assert len(contract.requests) == 1
 
 
+class Attempts:
+    """A script whose requests take these seconds, and fail, except for those that are answered."""
+
+    def __init__(self, *attempts: tuple[float, bool]) -> None:
+        self.now_s = 0.0
+        self._left = iter(attempts)
+
+    def play(self, request: pb.GenerateRequest) -> Iterable[Event | Exception | asyncio.Event]:
+        took_s, is_answered = next(self._left)
+        self.now_s += took_s
+        yield from words("Hello")(request) if is_answered else [FULL]
+
+    def clock(self) -> float:
+        return self.now_s
+
+
 async def test_a_server_that_stays_away_ends_the_run(
     server: HttpServer, contract: ScriptedContract, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(served_answers, "MAX_PAUSE_S", 0.0)
-    times = iter([0.0, *(100.0 * n for n in range(100))])
-    contract.script = refusing(*[FULL] * 100)
-    async with ServedAnswers(base_url(server.url), KEY, lambda: next(times)) as answers:
+    attempts = Attempts(*[(100.0, False)] * 100)
+    contract.script = attempts.play
+    async with ServedAnswers(base_url(server.url), KEY, attempts.clock) as answers:
         answers.pause_s = 0.0
         with pytest.raises(BatchRunError, match="the queue is full") as caught:
             await answers.answer(request())
     assert caught.value.unreachable
-    assert len(contract.requests) == 8  # at 0, 100, … and 700 s, when more than 600 have passed
+    assert attempts.now_s == 800.0  # the first failed at 100 s, and 600 s may pass
 
 
-async def test_an_outage_counts_from_the_last_answer(
-    server: HttpServer, contract: ScriptedContract, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "attempts",
+    [
+        [(500.0, False), (500.0, True)] * 3,
+        # Outputs that take longer than an outage may.
+        [(700.0, True), (700.0, False), (700.0, True)],
+        [(1.0, False), (700.0, False), (1.0, False), (700.0, True)],
+    ],
+)
+async def test_an_outage_counts_from_the_first_failure(
+    server: HttpServer,
+    contract: ScriptedContract,
+    monkeypatch: pytest.MonkeyPatch,
+    attempts: list[tuple[float, bool]],
 ) -> None:
     monkeypatch.setattr(served_answers, "MAX_PAUSE_S", 0.0)
-    now_s = 0.0
-
-    def play(_: pb.GenerateRequest) -> Iterable[Event | Exception | asyncio.Event]:
-        nonlocal now_s
-        now_s += 500.0
-        yield from [FULL] if now_s % 1000.0 else words("Hello")(_)
-
-    contract.script = play
-    async with ServedAnswers(base_url(server.url), KEY, lambda: now_s) as answers:
+    script = Attempts(*attempts)
+    contract.script = script.play
+    async with ServedAnswers(base_url(server.url), KEY, script.clock) as answers:
         answers.pause_s = 0.0
-        for _ in range(3):
+        for _ in filter(None, (is_answered for _, is_answered in attempts)):
             assert (await answers.answer(request())).status_code == 200
-    assert now_s == 3000.0
+    assert len(contract.requests) == len(attempts)
 
 
 async def test_what_is_no_such_server_is_named(server: HttpServer) -> None:
