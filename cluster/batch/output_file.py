@@ -26,27 +26,6 @@ _ID: Final = re.compile(r"batch_req_([1-9][0-9]*)_[0-9a-f]{16}")
 _READ_BYTES: Final = 1 << 20
 
 
-class LineResponse(msgspec.Struct):
-    """What a server answers, over HTTP."""
-
-    status_code: int
-    request_id: str
-    body: msgspec.Raw
-
-
-class OutputLine(msgspec.Struct):
-    """error: why there is no response, as {"code", "message"}"""
-
-    id: str
-    custom_id: str | None
-    response: LineResponse | None = None
-    error: Any = None
-
-    @property
-    def failed(self) -> bool:
-        return self.response is None or self.response.status_code != 200
-
-
 class _UsageSummary(msgspec.Struct):
     completion_tokens: int = 0
     output_tokens: int = 0  # as /v1/responses has it
@@ -61,6 +40,34 @@ class ReplySummary(msgspec.Struct):
     @property
     def tokens(self) -> int:
         return 0 if self.usage is None else self.usage.completion_tokens + self.usage.output_tokens
+
+
+class LineResponse(msgspec.Struct):
+    """What a server answers, over HTTP. body: JSON in one line"""
+
+    status_code: int
+    request_id: str
+    body: msgspec.Raw
+
+    def summary(self) -> ReplySummary:
+        """What is counted of a reply that is no error; nothing of what is in another form."""
+        try:
+            return msgspec.json.decode(self.body, type=ReplySummary)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return ReplySummary()
+
+
+class OutputLine(msgspec.Struct):
+    """error: why there is no response, as {"code", "message"}"""
+
+    id: str
+    custom_id: str | None
+    response: LineResponse | None = None
+    error: Any = None
+
+    @property
+    def failed(self) -> bool:
+        return self.response is None or self.response.status_code != 200
 
 
 @dataclass(slots=True)
@@ -159,7 +166,7 @@ class OutputFile:
         if line.custom_id is not None and line.response is not None:
             answered.custom_ids.add(line.custom_id)
         if not answered.model and line.response is not None and not line.failed:
-            answered.model = msgspec.json.decode(line.response.body, type=ReplySummary).model
+            answered.model = line.response.summary().model
 
     def _failure(self, error: OSError) -> BatchRunError:
         return BatchRunError(f"cannot write {self.target}: {error.strerror}")

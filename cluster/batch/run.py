@@ -19,7 +19,7 @@ import msgspec
 from kvmesh.cluster.batch.errors import BatchRunError
 from kvmesh.cluster.batch.input_file import STDIN, InputLine, read_lines
 from kvmesh.cluster.batch.line_request import LineError, LineRequest, read_request
-from kvmesh.cluster.batch.output_file import LineResponse, OutputFile, OutputLine, ReplySummary
+from kvmesh.cluster.batch.output_file import LineResponse, OutputFile, OutputLine
 
 # Lines that are in memory, and sorted together.
 WINDOW_BYTES: Final = 64 << 20
@@ -140,7 +140,7 @@ class BatchRun:
         self.counts.answered += 1
         self.counts.failed += line.failed
         if line.response is not None and not line.failed:
-            self.counts.tokens += summary_of(line.response).tokens
+            self.counts.tokens += line.response.summary().tokens
         self._report(self.counts)
 
     def _unanswered(self) -> Iterator[InputLine]:
@@ -163,14 +163,6 @@ class BatchRun:
             f"{self._output.target} belongs to another input: it answers line {number}, which is "
             f"not in {self._source} as it was; give another --output"
         )
-
-
-def summary_of(response: LineResponse) -> ReplySummary:
-    """What is counted of a response that is no error; nothing of what is in another form."""
-    try:
-        return msgspec.json.decode(response.body, type=ReplySummary)
-    except msgspec.DecodeError:
-        return ReplySummary()
 
 
 def check_model(output: OutputFile, model: str) -> None:

@@ -69,7 +69,7 @@ class ServedAnswers:
         try:
             models: Any = msgspec.json.decode(data)["data"]
             return str(models[0]["id"])
-        except (msgspec.DecodeError, KeyError, IndexError, TypeError):
+        except (msgspec.DecodeError, UnicodeDecodeError, KeyError, IndexError, TypeError):
             raise self._unreachable(f"GET {url} has status {status} and no models") from None
 
     async def answer(self, request: LineRequest) -> LineResponse:
@@ -125,19 +125,19 @@ def base_url(address: str) -> str:
 
 
 def _json(data: bytes) -> msgspec.Raw:
-    """A body as it is, or as an error if it is not JSON."""
+    """A body in one line, as some servers do not write it, or an error if it is not JSON."""
     try:
-        msgspec.json.decode(data)
+        data.decode()
+        return msgspec.Raw(msgspec.json.format(data, indent=-1))
     except (msgspec.DecodeError, UnicodeDecodeError):
         body: msgspec.Raw = error_body(data[:500].decode(errors="replace"))
         return body
-    return msgspec.Raw(data)
 
 
 def _message(data: bytes) -> str:
     try:
         return str(msgspec.json.decode(data)["error"]["message"])
-    except (msgspec.DecodeError, KeyError, TypeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError):
         return data[:200].decode(errors="replace")
 
 

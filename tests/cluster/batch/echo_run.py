@@ -17,10 +17,11 @@ from kvmesh.cluster.batch.run import BatchRun, RunCounts
 
 
 class EchoAnswers:
-    """asked: custom_ids, in order"""
+    """asked: custom_ids, in order; body: of every answer, if it is not the prompt"""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
+        self.body: msgspec.Raw | None = None
 
     async def answer(self, request: LineRequest) -> LineResponse:
         self.asked.append(request.custom_id)
@@ -28,7 +29,8 @@ class EchoAnswers:
         prompt = msgspec.json.decode(request.body)["prompt"]
         body = {"model": "echo", "prompt": prompt, "usage": {"completion_tokens": 2}}
         status = 400 if prompt == "bad" else 200
-        return LineResponse(status, request.id, msgspec.Raw(msgspec.json.encode(body)))
+        echo_body = msgspec.Raw(msgspec.json.encode(body))
+        return LineResponse(status, request.id, self.body or echo_body)
 
 
 async def echo(source: str, target: str, answers: EchoAnswers | None = None) -> RunCounts:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from kvmesh.cluster.batch import run as run_module
@@ -234,6 +235,20 @@ async def test_a_file_that_is_no_output_is_left_as_it_is(files: Files, content: 
     with pytest.raises(BatchRunError, match=r"is not the output of a run \(line 1\)"):
         await files.run()
     assert files.target.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "body", ["[]", "null", '"text"', '{"model": null}', '{"model": "m", "usage": 1}']
+)
+async def test_replies_in_another_form_are_kept_and_not_counted(files: Files, body: str) -> None:
+    files.ask([asking("a"), asking("b")])
+    answers = EchoAnswers()
+    answers.body = msgspec.Raw(body.encode())
+    counts = await files.run(answers)
+    assert (counts.answered, counts.failed, counts.tokens) == (2, 0, 0)
+    assert files.results[0]["response"]["body"] == json.loads(body)
+    again = await files.run()
+    assert (again.before, again.answered) == (2, 0)
 
 
 async def test_the_answers_of_another_model_are_not_added_to(files: Files) -> None:

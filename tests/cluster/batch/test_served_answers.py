@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import RawTestServer
 
 from kvmesh.cluster.batch import served_answers
 from kvmesh.cluster.batch.errors import BatchRunError
@@ -168,6 +170,42 @@ async def test_an_outage_counts_from_the_first_failure(
         for _ in filter(None, (is_answered for _, is_answered in attempts)):
             assert (await answers.answer(request())).status_code == 200
     assert len(contract.requests) == len(attempts)
+
+
+@pytest.mark.parametrize(
+    ("body", "written"),
+    [
+        (b'{\n  "model": "m \\n",\r\n  "n": 1.50\n}\n', b'{"model":"m \\n","n":1.50}'),
+        (b"\xff", '{"error":{"message":"\ufffd"}}'.encode()),
+        (b'{"model": "\xff"}', '{"error":{"message":"{\\"model\\": \\"\ufffd\\"}"}}'.encode()),
+        (b"", b'{"error":{"message":""}}'),
+    ],
+)
+async def test_a_body_is_written_in_one_line(body: bytes, written: bytes) -> None:
+    async def reply(_: web.BaseRequest) -> web.Response:
+        return web.Response(body=body)
+
+    async with (
+        RawTestServer(reply) as plain,
+        ServedAnswers(base_url(str(plain.make_url(""))), None) as answers,
+    ):
+        response = await answers.answer(request())
+    assert bytes(response.body) == written
+
+
+async def test_a_refusal_in_no_text_is_one() -> None:
+    replies = iter([(503, b'{"error": {"message": "\xff"}}'), (200, b"{}")])
+
+    async def reply(_: web.BaseRequest) -> web.Response:
+        status, body = next(replies)
+        return web.Response(status=status, body=body)
+
+    async with (
+        RawTestServer(reply) as plain,
+        ServedAnswers(base_url(str(plain.make_url(""))), None) as answers,
+    ):
+        answers.pause_s = 0.0
+        assert (await answers.answer(request())).status_code == 200
 
 
 async def test_what_is_no_such_server_is_named(server: HttpServer) -> None:
