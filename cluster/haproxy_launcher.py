@@ -19,6 +19,9 @@ import sys
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
+_SECTIONS = re.compile(r"^(?=\S)", re.MULTILINE)
+# Serve writes `*` for an `ingress.host` of 0.0.0.0.
+_FOR_CLIENTS = ("frontend http_frontend\n", "frontend grpc_frontend\n")
 _OPEN_TO_ALL = re.compile(r"^(\s*bind )\*?:(\d+)", re.MULTILINE)
 _SOCKET_FOR_ALL = re.compile(r"^(\s*stats socket .*) mode 666 ", re.MULTILINE)
 _ERROR_FILE = re.compile(r"^(\s*)errorfile (502|503) .*$", re.MULTILINE)
@@ -41,16 +44,23 @@ _NOT_READY = 'hdr grpc-status 14 hdr grpc-message "the front proxy is starting"'
 def hardened(configuration: str) -> str:
     """The configuration with its internal pages and sockets closed to others.
 
-    Listeners without an address are moved to loopback. While no application is known, which is
-    so for a moment after a restart, calls are answered with UNAVAILABLE in place of NOT_FOUND.
+    Listeners without an address are moved to loopback, except for the clients', whose address is
+    the user's choice. While no application is known, which is so for a moment after a restart,
+    calls are answered with UNAVAILABLE in place of NOT_FOUND.
     Over HTTP, 502 and 503 are what they are in place of 500, in the shape of OpenAI's errors.
     A client that leaves is noticed: bodies are not spliced.
     """
-    closed = _OPEN_TO_ALL.sub(r"\g<1>127.0.0.1:\g<2>", configuration)
+    closed = "".join(map(_closed, _SECTIONS.split(configuration)))
     closed = _SOCKET_FOR_ALL.sub(r"\g<1> mode 600 ", closed)
     closed = _ERROR_FILE.sub(_UNAVAILABLE, closed)
     closed = _SPLICING.sub("", closed)
     return _NO_APPLICATION.sub(_NOT_READY, closed)
+
+
+def _closed(section: str) -> str:
+    if section.startswith(_FOR_CLIENTS):
+        return section
+    return _OPEN_TO_ALL.sub(r"\g<1>127.0.0.1:\g<2>", section)
 
 
 def main(binary: str, arguments: list[str]) -> None:

@@ -25,15 +25,34 @@ def template() -> str:
     return (Path(ray.origin).parent / "serve" / "_private" / "haproxy_templates.py").read_text()
 
 
-def test_pages_of_the_proxy_are_moved_to_loopback() -> None:
-    filled = template().replace("{{ config.stats_port }}", "8404")
-    filled = filled.replace("{{ config.metrics_port }}", "9101")
-    assert "bind *:8404" in filled and "bind :9101" in filled, "Ray's template has changed"
-    closed = hardened(filled)
-    binds = [line.split()[1] for line in closed.splitlines() if line.strip().startswith("bind ")]
-    assert {"127.0.0.1:8404", "127.0.0.1:9101"} <= set(binds)
-    assert not any(bind.startswith(("*", ":")) for bind in binds)
-    assert " mode 666 " in filled and " mode 666 " not in closed
+def filled(host: str) -> str:
+    """Serve's template with its listeners. host: as Serve writes that of clients"""
+    config = template()
+    for name, value in {
+        "frontend_host": host,
+        "frontend_port": "8000",
+        "grpc_frontend_host": host,
+        "grpc_frontend_port": "9000",
+        "stats_port": "8404",
+        "metrics_port": "9101",
+    }.items():
+        config = config.replace(f"{{{{ config.{name} }}}}", value)
+    return config
+
+
+def binds(config: str) -> list[str]:
+    lines = [line.split() for line in config.splitlines()]
+    return [words[1] for words in lines if words[:1] == ["bind"]]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "*"])  # the latter for 0.0.0.0
+def test_pages_of_the_proxy_are_moved_to_loopback(host: str) -> None:
+    written = filled(host)
+    clients = [f"{host}:8000", f"{host}:9000"]
+    assert binds(written) == [":9101", *clients, "*:8404"], "Ray's template has changed"
+    closed = hardened(written)
+    assert binds(closed) == ["127.0.0.1:9101", *clients, "127.0.0.1:8404"]
+    assert " mode 666 " in written and " mode 666 " not in closed
     assert hardened(closed) == closed
 
 
