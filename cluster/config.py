@@ -7,12 +7,14 @@ line (config_sources.py); config_text.py prints them.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Discriminator,
     Field,
@@ -57,6 +59,16 @@ def _known_version(version: object) -> int:
     if str(version) != str(CONFIG_VERSION):
         raise ValueError(f"must be {CONFIG_VERSION}, the only version that this kvmesh reads")
     return CONFIG_VERSION
+
+
+def _ipv4_host(host: str) -> str:
+    # Serve's proxy listens on IPv4 for `::`, and calls replicas at 127.0.0.1 whatever the host is.
+    if not re.fullmatch(r"[\w.-]+", host):
+        raise ValueError(
+            "must be an IPv4 address or a name, without a port; "
+            "0.0.0.0 for all interfaces (Ray Serve's proxy does not serve on IPv6)"
+        )
+    return host
 
 
 class EngineSection(EngineSettings):
@@ -106,8 +118,9 @@ class IngressSection(Settings):
     replicas: WholeNumber = Field(
         default=1, ge=1, le=64, description="Ingress processes; with 2 or more, one may crash"
     )
-    host: str = Field(
-        default="127.0.0.1", description="Address to listen on; 0.0.0.0: all interfaces"
+    host: Annotated[str, AfterValidator(_ipv4_host)] = Field(
+        default="127.0.0.1",
+        description="Address to listen on, of IPv4; 0.0.0.0: all interfaces",
     )
     port: Port = Field(default=9000, description="gRPC port; 0: any free one")
     http_port: Port = Field(

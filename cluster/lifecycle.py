@@ -108,10 +108,9 @@ class Cluster:
         self._deploy(config)
         self._router_calls = RouterCalls(APP_NAME)
         self._find_router()
-        host = "127.0.0.1" if config.ingress.host in ("0.0.0.0", "::") else config.ingress.host
+        host = "127.0.0.1" if config.ingress.host == "0.0.0.0" else config.ingress.host
         target = f"{host}:{config.ingress.port}"
-        http_host = f"[{host}]" if ":" in host else host
-        http_url = f"http://{http_host}:{config.ingress.http_port}"
+        http_url = f"http://{host}:{config.ingress.http_port}"
         self._progress("waiting for the first report", None)
         for _ in until_serving(target, config.ingress.replicas, config.timeouts.start_s):
             self.check_alive()

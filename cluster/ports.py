@@ -150,8 +150,7 @@ def _held(name: str) -> bool:
 
 def _in_use(host: str, port: int) -> bool:
     """Whether a server listens there, or a socket is bound to it."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
+    with socket.socket() as probe:
         # Connections of a former server that wait for their end do not matter.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -160,6 +160,7 @@ def test_the_documented_page_sizes_are_the_supported_ones() -> None:
         ),
         ({"engine": 3}, "engine"),
         ({"ingress": {"port": 65536}}, "ingress.port"),
+        *(({"ingress": {"host": x}}, "ingress.host") for x in ("::1", "[::1]", "h:1", "*", "")),
         ({"ingress": {"max_request_bytes": "1.5.2MiB"}}, "ingress.max_request_bytes"),
         ({"auth": {"mode": "maybe"}}, "auth.mode"),
         ({"auth": {"key_file": 3}}, "auth.key_file"),
@@ -196,6 +197,10 @@ def test_bytes_may_have_a_unit(text: str, size_bytes: int) -> None:
         (
             {"ingress": {"max_request_bytes": "16 MB."}},
             "must be a whole number of bytes, or one with a unit",
+        ),
+        (
+            {"ingress": {"host": "::"}},
+            "must be an IPv4 address or a name, without a port; 0.0.0.0 for all interfaces",
         ),
         ({"model": ""}, "must have at least 1 character, got ''"),
     ],

@@ -78,9 +78,9 @@ def test_settings_of_the_program_that_starts_a_cluster_are_not_the_applications(
 def test_ray_accepts_it() -> None:
     from ray.serve.schema import ServeDeploySchema
 
-    values = serve_config(build({"ingress": {"host": "::", "http_port": 8001, "port": 9001}}))
+    values = serve_config(build({"ingress": {"host": "0.0.0.0", "http_port": 8001, "port": 9001}}))
     deployed = ServeDeploySchema.model_validate(values)
-    assert (deployed.http_options.host, deployed.http_options.port) == ("::", 8001)
+    assert (deployed.http_options.host, deployed.http_options.port) == ("0.0.0.0", 8001)
     assert (deployed.grpc_options.port, deployed.grpc_options.enable_reflection) == (9001, False)
     known = deployed.model_dump(exclude_unset=True)
     assert set(known["applications"][0]) == set(values["applications"][0])
