@@ -348,7 +348,9 @@ class TimeoutSection(Settings):
         default=900.0, description="From deployment to ready, including downloads"
     )
     request_s: Seconds | None = Field(
-        default=None, description="Default timeout of a request; null: none"
+        default=None,
+        description="Maximum time of a request, from its arrival; a longer timeout_s, or none, "
+        "means this one. null: no limit",
     )
     drain_s: Seconds = Field(
         default=30.0, description="How long shutdown waits for running requests"

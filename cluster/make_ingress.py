@@ -62,5 +62,5 @@ def limits_of(config: ClusterConfig) -> Limits:
         max_stop_chars=config.ingress.max_stop_chars,
         max_choices=config.ingress.max_choices,
         default_max_tokens=config.ingress.default_max_tokens,
-        default_timeout_s=config.timeouts.request_s,
+        max_timeout_s=config.timeouts.request_s,
     )

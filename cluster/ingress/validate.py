@@ -34,7 +34,7 @@ class Limits:
     max_stop_chars: int = 1024
     max_choices: int = 16
     default_max_tokens: int = 256
-    default_timeout_s: float | None = None
+    max_timeout_s: float | None = None
 
 
 Prompt = str | Conversation | TokenIds
@@ -227,9 +227,9 @@ def _stop_strings(stops: Sequence[str], limits: Limits) -> tuple[str, ...]:
 
 def _timeout_s(request: pb.GenerateRequest, limits: Limits) -> float | None:
     if not request.HasField("timeout_s"):
-        return limits.default_timeout_s
+        return limits.max_timeout_s
     timeout_s = request.timeout_s
     RANGES["timeout_s"].check("timeout_s", timeout_s)
-    if limits.default_timeout_s is not None:
-        return min(timeout_s, limits.default_timeout_s)
+    if limits.max_timeout_s is not None:
+        return min(timeout_s, limits.max_timeout_s)
     return timeout_s

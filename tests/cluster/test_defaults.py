@@ -39,7 +39,7 @@ ENGINE = EngineSettings()
         (LIMITS.max_stop_chars, INGRESS.max_stop_chars),
         (LIMITS.max_choices, INGRESS.max_choices),
         (LIMITS.default_max_tokens, INGRESS.default_max_tokens),
-        (LIMITS.default_timeout_s, TimeoutSection().request_s),
+        (LIMITS.max_timeout_s, TimeoutSection().request_s),
         (SamplingParams().max_tokens, INGRESS.default_max_tokens),
         (RouterConfig().lease_ttl_s, ROUTER.lease_ttl_s),
         (TenantPolicy().weight, TenantSection().weight),

@@ -358,7 +358,7 @@ def test_greedy_with_one_choice_and_zero_valued_parameters_are_accepted() -> Non
 
 
 def test_a_servers_time_limit_bounds_the_requests() -> None:
-    limits = Limits(default_timeout_s=5.0)
+    limits = Limits(max_timeout_s=5.0)
     assert generation_spec(make_request(), limits).timeout_s == 5.0
     request = make_request()
     request.timeout_s = 9.0

@@ -782,7 +782,9 @@ class GenerateRequest(_message.Message):
     priority: _builtins.int
     """[0] Higher starts sooner."""
     timeout_s: _builtins.float
-    """[none] Seconds from arrival to the last token; above 0, at most 30 days."""
+    """[none] Seconds from arrival to the last token; above 0, at most 30 days. A server may have a
+    maximum (timeouts.request_s), which then also is the default.
+    """
     cache_salt: _builtins.str
     """Requests share cached prefixes only within a tenant and with the same salt."""
     max_kv_divergence_nats: _builtins.float
