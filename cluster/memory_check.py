@@ -70,14 +70,15 @@ def _geometry(
 def _check_pool(
     setting: str, engine: EngineSection, geometry: PageGeometry, budget: int, *, cuda: bool
 ) -> None:
-    limits = engine.limits("cuda" if cuda else "cpu")
+    device = "cuda" if cuda else "cpu"
+    limits = engine.limits(device)
     try:
         pool = plan_pool(
             budget,
             geometry,
             max_num_seqs=limits.max_num_seqs,
             max_num_batched_tokens=limits.max_num_batched_tokens,
-            max_hot_share=engine.max_hot_share,
+            max_hot_share=engine.hot_share(device),
         )
     except ConfigError as error:
         raise ConfigError(f"{setting}.{error.field}", error.message) from None

@@ -75,6 +75,16 @@ def test_a_context_that_the_memory_does_not_hold(facts: ModelFacts) -> None:
     refused(facts, {**fits, "max_model_len": longest + 1})
 
 
+def test_a_context_is_checked_with_the_share_of_exact_pages_that_a_gpu_has(
+    facts: ModelFacts,
+) -> None:
+    """They have at most an eighth while `max_num_seqs` is a GPU's default."""
+    engine = {"kv_format": "int8", "kv_memory_bytes": "16MiB", "max_model_len": 3000}
+    check_memory(build({"engine": engine}), facts, has_gpus=True)
+    with pytest.raises(ConfigError, match="does not fit"):
+        check_memory(build({"engine": {**engine, "max_num_seqs": 64}}), facts, has_gpus=True)
+
+
 def test_a_context_that_the_model_does_not_have(facts: ModelFacts) -> None:
     error = refused(facts, {"max_model_len": 8193})
     assert (error.field, "at most 8192" in error.message) == ("engine.max_model_len", True)
