@@ -132,7 +132,7 @@ class IngressSection(Settings):
     )
     max_request_bytes: Bytes = Field(
         default=16 << 20,
-        description="Maximum size of a request; a million token ids are about 4 MB",
+        description="Maximum size of a request; a million token ids are up to 3 MB over gRPC",
     )
     max_stop_strings: WholeNumber = Field(
         default=16, ge=0, description="Maximum stop strings of a request"
@@ -142,7 +142,10 @@ class IngressSection(Settings):
     )
     max_choices: WholeNumber = Field(default=16, ge=1, description="Maximum n of a request")
     default_max_tokens: WholeNumber = Field(
-        default=256, ge=1, description="Output tokens of a request that does not set max_tokens"
+        default=256,
+        ge=1,
+        description="Output tokens of a request that does not set max_tokens, or what is left of "
+        "the context",
     )
     tool_parser: ToolParser = Field(
         default="auto",
@@ -234,7 +237,7 @@ class AuthSection(Settings):
     )
     keys: tuple[TenantKey, ...] = Field(
         default=(),
-        description="Accepted keys; without any, also in key_directory, a key is generated on "
+        description="Accepted keys; without any, and without key_directory, a key is generated on "
         "first start, in key_file",
     )
     key_file: Path | None = Field(
@@ -301,7 +304,9 @@ class AutoscalingSection(Settings):
         description="A group is added when a request that comes would wait for longer than this "
         "many seconds, when requests are refused, or when the groups are nearly full",
     )
-    up_after_s: Seconds = Field(default=5.0, description="... for this long")
+    up_after_s: Seconds = Field(
+        default=5.0, description="... for this long; at once when requests are refused"
+    )
     down_after_s: Seconds = Field(
         default=300.0,
         description="A group is removed when the others have been enough for this long",
@@ -312,7 +317,7 @@ class MetricsSection(Settings):
     """Prometheus."""
 
     port: Port = Field(
-        default=0, description="Port of the node's Prometheus endpoint; 0: any free one"
+        default=0, description="Port of a local cluster's Prometheus endpoint; 0: any free one"
     )
     tenants: WholeNumber = Field(
         default=0,
@@ -345,7 +350,8 @@ class TimeoutSection(Settings):
     """Time limits, in seconds."""
 
     start_s: Seconds = Field(
-        default=900.0, description="From deployment to ready, including downloads"
+        default=900.0,
+        description="From deployment to ready, including downloads by nodes without the model",
     )
     request_s: Seconds | None = Field(
         default=None,
@@ -353,9 +359,13 @@ class TimeoutSection(Settings):
         "means this one. null: no limit",
     )
     drain_s: Seconds = Field(
-        default=30.0, description="How long shutdown waits for running requests"
+        default=30.0,
+        description="How long a shutdown, or a process that is replaced or removed, waits for "
+        "running requests",
     )
-    health_period_s: Seconds = Field(default=2.0, description="Between health checks of an engine")
+    health_period_s: Seconds = Field(
+        default=2.0, description="Between health checks of a process: router, engine or ingress"
+    )
 
 
 class RaySection(Settings):

@@ -151,7 +151,7 @@ class EngineSettings(Settings):
     kv_memory_bytes: Bytes | None = Field(
         default=None,
         description="KV memory of one rank, e.g. 512MiB; "
-        "null: the GPU's free memory, or 1 GiB on CPUs",
+        "null: what gpu_memory_utilization leaves of a GPU, or 1 GiB on CPUs",
     )
     gpu_memory_utilization: Number = Field(
         default=0.9,
@@ -168,25 +168,27 @@ class EngineSettings(Settings):
         default=DEFAULT_MAX_HOT_SHARE,
         gt=0,
         lt=1,
-        description="Share of the KV memory that exact pages may use; more than half suits "
-        "short sequences in formats with exact windows",
+        description="Share of the KV memory that exact pages may use, on GPUs at most 0.125 while "
+        "max_num_seqs is auto; more than half suits short sequences in formats with exact windows",
     )
     max_num_batched_tokens: AutoCount = Field(
         default=AUTO,
         description="Maximum tokens of a step; longer prompts are chunked. auto: 512 on CPUs, on "
-        "GPUs 1024 to 8192 by their memory",
+        "GPUs 1024 to 8192 by their memory, and at least max_num_seqs",
     )
     max_step_s: Seconds | None = Field(
         default=None,
         description="Seconds that a step may take while sequences decode: prompts are chunked to "
-        "fit; null: 0.1 on GPUs, unlimited on CPUs",
+        "fit, at least to twice the time of decoding alone; null: 0.1 on GPUs, unlimited on CPUs",
     )
     max_model_len: Tokens | None = Field(
         default=None,
         description="Maximum tokens of a sequence, e.g. 131072, 128k or 1M; null: the model's",
     )
     prefix_cache: Switch = Field(
-        default=True, description="Share sealed pages between equal prefixes"
+        default=True,
+        description="Share sealed pages between equal prefixes; off for models with recurrent "
+        "layers",
     )
     max_pinned_share: Number = Field(
         default=0.5,
@@ -196,15 +198,20 @@ class EngineSettings(Settings):
         "can be pinned",
     )
     max_pinned_share_per_key: Number = Field(
-        default=0.25, ge=0, le=1, description="... of which those of one tenant's keys"
+        default=0.25,
+        ge=0,
+        le=1,
+        description="... and those of one tenant, within max_pinned_share",
     )
     threads_per_rank: WholeNumber | None = Field(
         default=None,
         ge=1,
-        description="CPU threads of a rank; null: the machine's, divided among the ranks",
+        description="Threads of a rank on CPUs; null: the machine's, divided among a group's ranks",
     )
     cuda_graphs: AutoSwitch = Field(
-        default=AUTO, description="Run decode steps from CUDA graphs; auto: on GPUs"
+        default=AUTO,
+        description="Run decode steps from CUDA graphs; auto: on GPUs, but not with deterministic "
+        "or a KV format for comparison",
     )
     deterministic: Switch = Field(
         default=False,
