@@ -70,6 +70,7 @@ def local_variables(config: ClusterConfig, directory: Path, ports: PortBlock) ->
 
     directory: an empty directory of this cluster, for the proxy's sockets and files
     """
+    program = haproxy_program(directory / "haproxy", config.ingress.host)
     return {
         **serve_variables(config),
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -90,7 +91,7 @@ def local_variables(config: ClusterConfig, directory: Path, ports: PortBlock) ->
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(ports.http_replicas[-1]),
         "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(ports.grpc_replicas[0]),
         "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(ports.grpc_replicas[-1]),
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy_program(directory / "haproxy")),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(program),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(directory / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(directory / "a.sock"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(directory / "m.sock"),

@@ -14,9 +14,10 @@ from kvmesh.cluster import haproxy_launcher
 from kvmesh.workers.errors import ConfigError
 
 
-def haproxy_program(path: Path) -> Path:
+def haproxy_program(path: Path, host: str = "") -> Path:
     """Write a program that Serve runs as HAProxy, see haproxy_launcher.py; returns `path`.
 
+    host: where clients may connect; "": where Serve says
     Raises ConfigError if there is no HAProxy.
     """
     try:
@@ -28,7 +29,7 @@ def haproxy_program(path: Path) -> Path:
     if not binary:
         raise ConfigError("ingress", "needs HAProxy; install it so that `haproxy` is found")
     path.parent.mkdir(parents=True, exist_ok=True)
-    launcher = [sys.executable, "-I", haproxy_launcher.__file__, binary]
+    launcher = [sys.executable, "-I", haproxy_launcher.__file__, binary, host]
     path.write_text(f'#!/bin/sh\nexec {shlex.join(launcher)} "$@"\n')
     path.chmod(0o755)
     return path

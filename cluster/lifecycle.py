@@ -26,7 +26,7 @@ from kvmesh.cluster.memory_check import check_memory
 from kvmesh.cluster.ports import Port, PortBlock, take_ports
 from kvmesh.cluster.readiness import until_running, until_serving
 from kvmesh.cluster.resources import alive, check_devices, check_layouts, check_nodes, logical_cpus
-from kvmesh.cluster.serve_config import APP_NAME, anywhere, serve_config
+from kvmesh.cluster.serve_config import APP_NAME, anywhere, behind_proxy, serve_config
 from kvmesh.cluster.telemetry.gpus import local_gpu_memory
 from kvmesh.workers.model.facts import read_facts
 from kvmesh.workers.model.source import resolve_model
@@ -176,7 +176,8 @@ class Cluster:
             config = with_layout(config, self._model, gpus_by_type(nodes))
         check_nodes(config, nodes)
         self._progress("starting Serve", None)
-        deployment.submit(serve_config(config))
+        local = self._local is not None
+        deployment.submit(serve_config(behind_proxy(config) if local else config))
         for waiting in until_running(config.timeouts.start_s):
             self.check_alive()
             self._progress(f"loading the model, {waiting}", None)

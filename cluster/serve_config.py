@@ -56,6 +56,15 @@ def serve_config(config: ClusterConfig) -> dict[str, Any]:
     }
 
 
+def behind_proxy(config: ClusterConfig) -> ClusterConfig:
+    """The settings of a cluster on one host, where only the proxy listens at `ingress.host`.
+
+    It calls replicas at 127.0.0.1, and they listen at the address that Serve has.
+    """
+    ingress = config.ingress.model_copy(update={"host": "127.0.0.1"})
+    return config.model_copy(update={"ingress": ingress})
+
+
 def for_nodes(loaded: LoadedConfig) -> ClusterConfig:
     """The settings with the defaults of a cluster whose nodes are pods or other hosts.
 

@@ -45,21 +45,23 @@ def binds(config: str) -> list[str]:
     return [words[1] for words in lines if words[:1] == ["bind"]]
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "*"])  # the latter for 0.0.0.0
-def test_pages_of_the_proxy_are_moved_to_loopback(host: str) -> None:
-    written = filled(host)
-    clients = [f"{host}:8000", f"{host}:9000"]
+@pytest.mark.parametrize("serves", ["127.0.0.1", "*"])  # the latter for 0.0.0.0
+@pytest.mark.parametrize("host", ["", "127.0.0.1", "0.0.0.0", "10.0.0.7"])
+def test_only_clients_reach_more_than_loopback(serves: str, host: str) -> None:
+    written = filled(serves)
+    clients = [f"{serves}:8000", f"{serves}:9000"]
     assert binds(written) == [":9101", *clients, "*:8404"], "Ray's template has changed"
-    closed = hardened(written)
-    assert binds(closed) == ["127.0.0.1:9101", *clients, "127.0.0.1:8404"]
+    closed = hardened(written, host)
+    open_to = [f"{host or serves}:8000", f"{host or serves}:9000"]
+    assert binds(closed) == ["127.0.0.1:9101", *open_to, "127.0.0.1:8404"]
     assert " mode 666 " in written and " mode 666 " not in closed
-    assert hardened(closed) == closed
+    assert hardened(closed, host) == closed
 
 
 def test_a_proxy_that_knows_no_application_yet_is_unavailable() -> None:
     not_found = 'grpc-status 5 hdr grpc-message "Application metadata not set.'
     assert not_found in template(), "Ray's template has changed"
-    answer = hardened(template())
+    answer = hardened(template(), "")
     assert not_found not in answer
     assert 'hdr grpc-status 14 hdr grpc-message "the front proxy is starting"' in answer
 
@@ -74,7 +76,8 @@ def test_what_the_proxy_cannot_reach_is_unavailable(tmp_path: Path) -> None:
             "defaults\n  mode http\n  retries 0\n"
             "  timeout connect 1s\n  timeout client 9s\n  timeout server 9s\n"
             "  errorfile 502 500.http\n  errorfile 503 500.http\n"
-            f"listen l\n  bind 127.0.0.1:{port}\n  server s 127.0.0.1:{free_port()}\n"
+            f"listen l\n  bind 127.0.0.1:{port}\n  server s 127.0.0.1:{free_port()}\n",
+            "",
         )
     )
     process = subprocess.Popen([get_haproxy_binary(), "-f", str(file)])
@@ -92,12 +95,12 @@ def test_what_the_proxy_cannot_reach_is_unavailable(tmp_path: Path) -> None:
 def test_bodies_are_not_spliced() -> None:
     """About one in a hundred clients that left right after their body was missed with it."""
     assert template().count("option splice-") == 2, "Ray's template has changed"
-    assert "splice" not in hardened(template())
+    assert "splice" not in hardened(template(), "")
 
 
 def test_an_address_that_was_chosen_is_kept() -> None:
     chosen = "frontend f\n    bind 0.0.0.0:9000 proto h2\n    bind 10.0.0.7:9001\n"
-    assert hardened(chosen) == chosen
+    assert hardened(chosen, "") == hardened(chosen, "10.0.0.8") == chosen
 
 
 def test_rays_token_is_its_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

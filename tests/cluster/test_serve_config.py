@@ -15,7 +15,7 @@ from kvmesh.cluster.config import AuthSection, ClusterConfig, build
 from kvmesh.cluster.config_sources import load
 from kvmesh.cluster.config_text import block_yaml, changed
 from kvmesh.cluster.deployment import _others
-from kvmesh.cluster.serve_config import anywhere, for_nodes, serve_config
+from kvmesh.cluster.serve_config import anywhere, behind_proxy, for_nodes, serve_config
 from kvmesh.workers.errors import ConfigError, ConfigErrors
 
 # Ray's own, at its import.
@@ -84,6 +84,12 @@ def test_ray_accepts_it() -> None:
     assert (deployed.grpc_options.port, deployed.grpc_options.enable_reflection) == (9001, False)
     known = deployed.model_dump(exclude_unset=True)
     assert set(known["applications"][0]) == set(values["applications"][0])
+
+
+def test_on_one_host_only_the_proxy_listens_for_clients() -> None:
+    config = build({"ingress": {"host": "0.0.0.0", "http_port": 8001, "port": 9001}})
+    options = serve_config(behind_proxy(config))["http_options"]
+    assert options == {"host": "127.0.0.1", "port": 8001}
 
 
 def test_proxies_of_nodes_can_be_found() -> None:

@@ -29,7 +29,7 @@ MARK = "KVMESH_TEST_MARK"
 class Server:
     """`kvmesh serve`, in its own process group, as in a terminal."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, host: str) -> None:
         make_shallow()
         self._directory = directory
         config = directory / "kvmesh.yaml"
@@ -37,7 +37,7 @@ class Server:
         sections = {
             **SMALL,
             "engine": dict(SMALL["engine"]),
-            "ingress": {"port": 0, "http_port": 0},
+            "ingress": {"host": host, "port": 0, "http_port": 0},
             "timeouts": {"drain_s": 600},
         }
         config.write_text(yaml.safe_dump(sections))
@@ -175,10 +175,11 @@ class Server:
 
 
 @contextmanager
-def serving_process() -> Iterator[Server]:
+def serving_process(host: str = "127.0.0.1") -> Iterator[Server]:
+    """host: where clients may connect"""
     # A short path, because socket paths have a limit; a directory of its own, to find left files.
     with tempfile.TemporaryDirectory(prefix="", dir="/tmp") as directory:
-        server = Server(Path(directory))
+        server = Server(Path(directory), host)
         try:
             yield server
         finally:

@@ -1,4 +1,7 @@
-"""Clusters that share a host: what listens, and that nobody answers another's calls."""
+"""Clusters that share a host: what listens, and that nobody answers another's calls.
+
+Clients of the second come from all interfaces.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,17 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
 
 import psutil
 import pytest
 
 from kvmesh.client import NO_RETRY, AsyncClient, Client, UnavailableError
 from kvmesh.cluster.lifecycle import Endpoint
-from kvmesh.cluster.ports import BLOCK_SIZE, FIRST_PORT
+from kvmesh.cluster.ports import BLOCK_SIZE, FIRST_PORT, Port
 from tests.cluster.e2e.harness import PATIENCE_S, wait_for
+from tests.cluster.e2e.ray_nodes import node_address
 from tests.cluster.e2e.server import Server, serving_process
 
 pytestmark = [
@@ -28,7 +34,7 @@ pytestmark = [
 ]
 
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "security.md"
-CLUSTERS = 2
+HOSTS = ("127.0.0.1", "0.0.0.0")
 CALLS = 50  # of each
 LOOPBACK = ("127.0.0.1", "::ffff:127.0.0.1", "::1")
 
@@ -37,7 +43,7 @@ LOOPBACK = ("127.0.0.1", "::ffff:127.0.0.1", "::1")
 def servers() -> Iterator[list[Server]]:
     """Started together, each with a key of its own."""
     with ExitStack() as stack:
-        servers = [stack.enter_context(serving_process()) for _ in range(CLUSTERS)]
+        servers = [stack.enter_context(serving_process(host)) for host in HOSTS]
         yield servers
         for server in servers:
             server.terminate()
@@ -53,12 +59,18 @@ class Row:
     port: str
     interface: str
 
-    def fits(self, listener: Listener) -> bool:
+    def fits(self, listener: Listener, host: str) -> bool:
+        """host: `ingress.host`"""
         return (
             any(fnmatch.fnmatch(listener.process, pattern) for pattern in self.process)
             and self._has_port(listener)
-            and (self.interface == "all" or listener.address in LOOPBACK)
+            and self._has_address(listener.address, host)
         )
+
+    def _has_address(self, address: str, host: str) -> bool:
+        if self.interface == "ingress.host":
+            return address == host
+        return self.interface == "all" or address in LOOPBACK
 
     def _has_port(self, listener: Listener) -> bool:
         if self.port == "any":
@@ -70,7 +82,7 @@ class Row:
 
 
 # Of ports that the configuration leaves to the server.
-SINGLE = {"ingress.port": 4, "ingress.http_port": 5, "metrics.port": 6}
+SINGLE = {"ingress.port": Port.GRPC, "ingress.http_port": Port.HTTP, "metrics.port": Port.METRICS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +100,7 @@ def documented() -> list[Row]:
     for line in DOCUMENT.read_text().splitlines():
         cells = [cell.strip().replace("`", "") for cell in line.strip("|").split("|")]
         if len(cells) == 5 and cells[0] not in ("process", "---"):
-            interface = "loopback" if cells[2] == "ingress.host" else cells[2]
-            rows.append(Row(tuple(cells[0].split(", ")), cells[1], interface))
+            rows.append(Row(tuple(cells[0].split(", ")), cells[1], cells[2]))
     return rows
 
 
@@ -111,12 +122,31 @@ def listeners(server: Server) -> list[Listener]:
 
 
 def test_listeners_are_those_of_the_document(servers: list[Server]) -> None:
-    rows, found = documented(), listeners(servers[0])
+    rows = documented()
     assert len(rows) > 10
-    unlisted = [x for x in found if not any(row.fits(x) for row in rows)]
-    assert not unlisted, "not in docs/security.md, or on more interfaces"
-    gone = [row for row in rows if not any(row.fits(x) for x in found)]
-    assert not gone, "in docs/security.md, but not there"
+    for server, host in zip(servers, HOSTS, strict=True):
+        found = listeners(server)
+        unlisted = [x for x in found if not any(row.fits(x, host) for row in rows)]
+        assert not unlisted, "not in docs/security.md, or on more interfaces"
+        gone = [row for row in rows if not any(row.fits(x, host) for x in found)]
+        assert not gone, "in docs/security.md, but not there"
+
+
+def test_clients_of_other_hosts_are_served_where_it_was_asked_for(servers: list[Server]) -> None:
+    other = node_address()
+    for server, host in zip(servers, HOSTS, strict=True):
+        endpoint = server.endpoint()
+        target = endpoint.target.replace("127.0.0.1", other)
+        url = endpoint.http_url.replace("127.0.0.1", other)
+        with Client(target, api_key=endpoint.api_key, retry=NO_RETRY) as client:
+            if host == "0.0.0.0":
+                assert client.generate([1, 2, 3], max_tokens=1).usage.completion_tokens == 1
+                assert urlopen(f"{url}/health", timeout=PATIENCE_S).status == 200
+            else:
+                with pytest.raises(UnavailableError):
+                    client.generate([1, 2, 3], max_tokens=1)
+                with pytest.raises(URLError, match="refused"):
+                    urlopen(f"{url}/health", timeout=PATIENCE_S)
 
 
 def test_ray_runs_no_process_that_serves_only_its_dashboard(servers: list[Server]) -> None:
@@ -137,7 +167,7 @@ def test_a_rank_on_a_cpu_has_not_loaded_triton(servers: list[Server]) -> None:
 
 async def test_every_call_reaches_its_own_cluster(servers: list[Server]) -> None:
     endpoints = [server.endpoint() for server in servers]
-    assert len({endpoint.api_key for endpoint in endpoints}) == CLUSTERS
+    assert len({endpoint.api_key for endpoint in endpoints}) == len(HOSTS)
     for endpoint in endpoints:
         assert await answered(endpoint, CALLS) == CALLS
 
