@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
 
@@ -11,6 +11,7 @@ from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.demand import RequestDemand
 from kvmesh.cluster.routing.fleet import Fleet
 from kvmesh.cluster.routing.forecast import earliest_start, promise
+from kvmesh.cluster.routing.group import Group
 from kvmesh.cluster.routing.leases import Leases
 from kvmesh.cluster.routing.live import LiveRequest
 from kvmesh.cluster.routing.outcome import BudgetEstimate, Decision, Enqueued, Granted, Refused
@@ -41,7 +42,7 @@ class Admission:
         self._tuning = tuning
         self._fleet = fleet
         self._leases = leases
-        self._chooser = Chooser(tuning, fleet.groups)
+        self._chooser = Chooser(tuning, fleet)
         self._refusals = Refusals(config, fleet, leases)
         self._rebuild_until = now + config.rebuild_timeout_s
         self._arrivals = 0
@@ -75,7 +76,7 @@ class Admission:
             error = self._refusals.hopeless(demand, choice, ahead, now)
             if error is not None:
                 return [Refused(name, error, choice.verdicts)]
-            if not ahead and choice.group is not None and self._refusals.within_quota(demand):
+            if not ahead and choice.group is not None:
                 self._fleet.tenants.enter(live.request.tenant)
                 self.queue.note_passed()
                 return [Granted(self._leases.grant(live, choice, now))]
@@ -116,7 +117,8 @@ class Admission:
             if self._refusals.fits_nowhere(demand) or self._refusals.exceeds_quota(demand):
                 decisions.append(self._refuse(live, now))
                 continue
-            if not self._refusals.within_quota(demand):
+            allowed = self._refusals.within_quota(demand)
+            if not allowed:
                 continue
             choice = self._chooser.choose_waiting(demand, open_groups, now, promises, deferred_s)
             if choice.group is not None:
@@ -130,7 +132,7 @@ class Admission:
                 so_far_s = deferred_s.get(later.name, 0.0)
                 deferred_s[later.name] = so_far_s + prefill_s(later, demand)
             elif not promises or (now > live.due and len(promises) < MAX_PROMISES):
-                self._promise(demand, promises, now)
+                self._promise(demand, allowed, promises, now)
         return decisions
 
     def estimate(self, request: PlaceRequest, now: float) -> BudgetEstimate:
@@ -160,10 +162,16 @@ class Admission:
 
     # Within
 
-    def _promise(self, demand: RequestDemand, promises: dict[str, Promise], now: float) -> None:
+    def _promise(
+        self,
+        demand: RequestDemand,
+        allowed: Iterable[Group],
+        promises: dict[str, Promise],
+        now: float,
+    ) -> None:
         """Promise a group to a request that lacks pages, one that is not promised yet."""
         if not self._chooser.holds_back(demand):
-            others = [x for x in self._fleet.groups.values() if x.name not in promises]
+            others = [x for x in allowed if x.name not in promises]
             if (found := promise(others, demand, now)) is not None:
                 promises[found.group] = found
 

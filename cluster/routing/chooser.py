@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from kvmesh.cluster.routing.config import RouterTuning
 from kvmesh.cluster.routing.demand import RequestDemand
+from kvmesh.cluster.routing.fleet import Fleet
 from kvmesh.cluster.routing.group import Group
 from kvmesh.cluster.routing.placement import GroupChoice, PlacementWeights, Promise, choose
 
@@ -17,11 +19,12 @@ SMOOTHING = 0.05  # weight of the newest sample
 class Chooser:
     """Chooses among all groups, or among those open to a waiting request.
 
-    groups: of the fleet, as they come and go
+    fleet: whose groups come and go, and whose tenants have quotas
     """
 
-    def __init__(self, tuning: RouterTuning, groups: Mapping[str, Group]) -> None:
-        self._groups = groups
+    def __init__(self, tuning: RouterTuning, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._groups: Mapping[str, Group] = fleet.groups
         self._long_s = tuning.long_s
         self._max_busy_share = tuning.max_busy_share
         self._arrivals = 0
@@ -83,9 +86,11 @@ class Chooser:
         )
 
     def _weights_for(self, demand: RequestDemand) -> PlacementWeights:
-        if self.holds_back(demand):
-            return replace(self._weights, longest_s=self._long_s)
-        return self._weights
+        quota_left = self._fleet.quota_left(demand.request)
+        longest_s = self._long_s if self.holds_back(demand) else math.inf
+        if longest_s == quota_left == math.inf:
+            return self._weights
+        return replace(self._weights, longest_s=longest_s, quota_left=quota_left)
 
     def _has_long(self, group: Group) -> bool:
         """Whether a long prompt keeps the group from all others."""

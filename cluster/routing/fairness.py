@@ -8,6 +8,7 @@ neither save up while idle, nor pay later for what it left unused.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -75,9 +76,10 @@ class Tenants:
         use = self._uses.get(tenant)
         return 0 if use is None else use.active
 
-    def within_quota(self, tenant: str, more_bytes: int) -> bool:
+    def quota_left(self, tenant: str) -> float:
+        """Bytes that the tenant may lease besides; negative where outputs have grown past it."""
         quota = self.policy(tenant).quota_bytes
-        return quota is None or self.leased_bytes(tenant) + more_bytes <= quota
+        return math.inf if quota is None else quota - self.leased_bytes(tenant)
 
     def enter(self, tenant: str) -> None:
         """A request of the tenant waits or runs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from kvmesh.cluster.routing.config import RouterConfig
@@ -41,6 +42,13 @@ class Fleet:
     def demand(self, request: PlaceRequest) -> RequestDemand:
         """The request in terms of pages, at this moment's knowledge."""
         return self._model.demand(request, self.kinds)
+
+    def quota_left(self, request: PlaceRequest) -> float:
+        """Bytes that the request may lease now.
+
+        One that lost its group continues past its tenant's quota, as if it had grown there.
+        """
+        return math.inf if request.resumed else self.tenants.quota_left(request.tenant)
 
     def account(self, name: str) -> Account | None:
         """A group's page of the ledger; None while it is not up."""

@@ -41,11 +41,13 @@ class PlacementWeights:
         compute before them; later decisions know more
     balance_s: what a full group costs over an empty one: its decoding is slower
     longest_s: prompts that take longer to compute do not start at present
+    quota_left: bytes that the request's tenant may lease at present
     """
 
     ahead_s: float
     balance_s: float
     longest_s: float = math.inf
+    quota_left: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,12 @@ def lasting_obstacle(group: Group, demand: RequestDemand) -> Reason | None:
     return Reason.DRAINING if group.draining else None
 
 
+def lease_bytes(group: Group, demand: RequestDemand) -> int:
+    """What the request's lease takes there at first, over all ranks."""
+    leased, sequences = demand.by_kind[group.kind].leased, demand.request.sequences
+    return group.info.geometry.bytes_of(leased, sequences)
+
+
 def _obstacle(
     group: Group,
     demand: RequestDemand,
@@ -135,6 +143,8 @@ def _obstacle(
         return reason
     here, account, request = demand.by_kind[group.kind], group.account, demand.request
     assert account is not None
+    if weights.quota_left < math.inf and lease_bytes(group, demand) > weights.quota_left:
+        return Reason.QUOTA
     if account.sequences + request.sequences > group.info.max_num_seqs:
         return Reason.BUSY
     if demand.prefill_s > weights.longest_s:

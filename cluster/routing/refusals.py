@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
+
 from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.demand import RequestDemand
 from kvmesh.cluster.routing.errors import (
@@ -16,8 +19,9 @@ from kvmesh.cluster.routing.errors import (
 )
 from kvmesh.cluster.routing.fleet import Fleet
 from kvmesh.cluster.routing.forecast import earliest_start
+from kvmesh.cluster.routing.group import Group
 from kvmesh.cluster.routing.leases import Leases
-from kvmesh.cluster.routing.placement import GroupChoice, never_taken
+from kvmesh.cluster.routing.placement import GroupChoice, lease_bytes, never_taken
 from kvmesh.cluster.routing.verdict import Verdicts
 
 
@@ -41,7 +45,7 @@ class Refusals:
             return NoGroupError("no group is known", self._config.max_retry_s, 0, 0)
         if self.fits_nowhere(demand):
             return self._never(demand, verdicts)
-        quota = self._quota_bytes(demand)
+        quota = self._fleet.tenants.policy(request.tenant).quota_bytes
         if quota is not None and self.exceeds_quota(demand):
             message = "the request alone exceeds its tenant's quota"
             retry_s = self._config.max_retry_s
@@ -63,8 +67,9 @@ class Refusals:
 
     def exceeds_quota(self, demand: RequestDemand) -> bool:
         """Whether the request alone exceeds its tenant's quota, and has to keep to it."""
-        quota = self._quota_bytes(demand)
-        return quota is not None and self._min_bytes(demand) > quota
+        request = demand.request
+        quota = self._fleet.tenants.policy(request.tenant).quota_bytes
+        return quota is not None and not request.resumed and self._min_bytes(demand) > quota
 
     def queue_full(
         self, demand: RequestDemand, choice: GroupChoice, ahead: int, now: float
@@ -81,28 +86,19 @@ class Refusals:
         """What those ahead take at the fleet's rate."""
         return ahead * self._leases.mean_s / max(len(self._leases), 1)
 
-    def within_quota(self, demand: RequestDemand) -> bool:
-        """Whether the request's tenant may lease what it needs now."""
-        if self._quota_bytes(demand) is None:
-            return True
-        return self._fleet.tenants.within_quota(demand.request.tenant, self._min_bytes(demand))
-
-    def _quota_bytes(self, demand: RequestDemand) -> int | None:
-        """None also for a request that lost its group: it continues, as if it had grown there."""
-        request = demand.request
-        return None if request.resumed else self._fleet.tenants.policy(request.tenant).quota_bytes
+    def within_quota(self, demand: RequestDemand) -> Collection[Group]:
+        """Groups where the request's tenant may lease what it needs now."""
+        left, groups = self._fleet.quota_left(demand.request), self._fleet.groups.values()
+        if left == math.inf:
+            return groups
+        possible = (x for x in groups if never_taken(x, demand) is None)
+        return [x for x in possible if lease_bytes(x, demand) <= left]
 
     def _min_bytes(self, demand: RequestDemand) -> int:
         """What the request's lease takes on the group where it is smallest; 0 if there is none."""
-        sequences = demand.request.sequences
-        return min(
-            (
-                group.info.geometry.bytes_of(demand.by_kind[group.kind].leased, sequences)
-                for group in self._fleet.groups.values()
-                if never_taken(group, demand) is None
-            ),
-            default=0,
-        )
+        groups = self._fleet.groups.values()
+        possible = (x for x in groups if never_taken(x, demand) is None)
+        return min((lease_bytes(x, demand) for x in possible), default=0)
 
     def _never(self, demand: RequestDemand, verdicts: Verdicts) -> RoutingError:
         accepts, groups = demand.request.accepts, sorted(self._fleet.groups.items())

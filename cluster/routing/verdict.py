@@ -21,6 +21,7 @@ class Reason(enum.Enum):
     FORMAT = "the request does not accept its KV format"
     DOWN = "it is down"
     DRAINING = "it finishes what it has and takes nothing new"
+    QUOTA = "the request would pass its tenant's quota there"
     BUSY = "its sequences are all taken"
     FULL = "its free pages do not hold the request now"
     BACKLOG = "prompts it was given before are still being computed"

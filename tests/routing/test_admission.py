@@ -147,6 +147,37 @@ def test_a_request_has_to_fit_its_quota_in_a_format_that_it_accepts() -> None:
     assert place(router, "b", 160, 160, 0.0, tenant="x", accepts=only("int4")).group == "g0"
 
 
+def test_a_lease_keeps_to_its_quota_on_the_group_where_it_is() -> None:
+    """A format that takes more may pass a quota that another is within."""
+    small = make_info(max_sequences=1)
+    sizes = replace(small.geometry, sealed_page_bytes=10 * small.geometry.sealed_page_bytes)
+    exact = replace(make_info(epoch="e1", kv_format="exact"), geometry=sizes)
+    quota = TenantPolicy(quota_bytes=4 * 1000 + 17 * 300)
+    router = router_with(groups={"g0": small, "g1": exact}, tenants={"x": quota})
+    first = place(router, "a", 160, 160, 0.0, tenant="y")
+    assert first.group == "g0"
+    waits(router, "b", tenant="x", now=0.1)
+    (waiting,) = router.records.explain("b", 0.1)
+    reasons = {verdict.group: verdict.reason for verdict in waiting.verdicts}
+    assert reasons == {"g0": Reason.BUSY, "g1": Reason.QUOTA}
+    assert place(router, "c", 160, 160, 0.2, tenant="y").group == "g1", "which b does not keep"
+    assert granted(end(router, first, 1.0)).group == "g0"
+
+
+def test_no_group_is_promised_to_a_request_that_would_pass_its_quota_there() -> None:
+    small = make_info(max_sequences=1)
+    sizes = replace(small.geometry, sealed_page_bytes=10 * small.geometry.sealed_page_bytes)
+    exact = replace(make_info(epoch="e1", kv_format="exact"), geometry=sizes)
+    quota = TenantPolicy(quota_bytes=4 * 1000 + 95 * 300)
+    router = router_with(
+        pace=SLOW, groups={"g0": small, "g1": exact}, ahead_s=1e9, tenants={"x": quota}
+    )
+    place(router, "on g0", 160, 1000, 0.0, accepts=only("int4"))
+    place(router, "on g1", 1120, 16, 0.0, accepts=only("exact"))  # which leaves 32 pages
+    waits(router, "large", 1440, 16, tenant="x", priority=1)
+    assert place(router, "slow", 16, 400, 0.0, accepts=only("exact")).group == "g1"
+
+
 def test_a_group_of_another_kind_is_tried_as_soon_as_it_is_up() -> None:
     router = router_with(groups={"g0": make_info(max_sequences=1)})
     place(router, "a", 160, 16, 0.0)
