@@ -130,7 +130,9 @@ class FakeServer:
                 tokens = request.prompt_tokens or _prompt_tokens(request.prompt)
                 return pb.EstimateBudgetResponse(
                     prompt_tokens=tokens,
-                    max_tokens=request.max_tokens or DEFAULT_MAX_TOKENS,
+                    max_tokens=(
+                        request.max_tokens if request.HasField("max_tokens") else DEFAULT_MAX_TOKENS
+                    ),
                     feasible_now=True,
                     feasible_ever=True,
                     projected_wait_s=0.0,

@@ -118,7 +118,10 @@ def estimate(
     else:
         show_estimate(found)
     if not found.feasible_ever:
-        raise CommandFailed("no group could hold the request, even when empty", ExitCode.REFUSED)
+        message = (
+            "no group could hold the request, even when empty, or it exceeds its tenant's quota"
+        )
+        raise CommandFailed(message, ExitCode.REFUSED)
 
 
 @with_options

@@ -28,6 +28,7 @@ def estimate_reply(
     for verdict in estimate.verdicts:
         report = status.reports.get(verdict.group)
         group = _group(verdict, report)
+        group.feasible_ever &= estimate.fits_ever  # its tenant's quota may be too small
         if report is not None:
             geometry = report.info.geometry
             need = geometry.peak_need(request.prompt_tokens + request.max_tokens)

@@ -98,20 +98,25 @@ class Questions:
                     self._limits.default_max_tokens, prompt_tokens, served.max_model_len(accepted)
                 )
             )
-            for field, value in (("max_tokens", max_tokens), ("prompt_tokens", prompt_tokens)):
-                RANGES[field].check(field, value)
             n = validate.number_of_choices("n", request, self._limits)
+            if max_tokens:
+                RANGES["max_tokens"].check("max_tokens", max_tokens)
+            else:
+                validate.check_no_output("n", n)
+            RANGES["prompt_tokens"].check("prompt_tokens", prompt_tokens)
             place = PlaceRequest(
                 request_id="estimate",
                 prompt_tokens=prompt_tokens,
-                max_tokens=max_tokens,
+                max_tokens=max(max_tokens, 1),  # as that of a generation
                 tenant=tenant,
                 priority=request.priority,
                 page_hashes=hashes,
                 accepts=accepts,
                 sequences=n,
             )
-            return estimate_reply(place, await self._router.estimate(place), status)
+            reply = estimate_reply(place, await self._router.estimate(place), status)
+            reply.max_tokens = max_tokens
+            return reply
 
     async def explain(self, request: pb.ExplainRequest, tenant: str) -> pb.ExplainResponse:
         """Explain, by a request id of the caller's own tenant."""

@@ -99,8 +99,8 @@ def generation_spec(
     if pin_s is not None:
         RANGES["pin_s"].check("pin_s", pin_s)
     params = sampling_params(wire, limits, defaults, output_optional=pin_s is not None)
-    if params.max_tokens == 0 and n > 1:
-        refuse("sampling_params.n", f"must be 1 with max_tokens 0, without output; got {n}")
+    if params.max_tokens == 0:
+        check_no_output("sampling_params.n", n)
     found = prompt(request.prompt)
     answer = answer_spec(request, found if isinstance(found, Conversation) else None)
     return GenerationSpec(
@@ -129,6 +129,12 @@ def number_of_choices(
     n = wire.n if wire.HasField("n") else 1
     NumberRange(1, limits.max_choices).check(field, n)
     return n
+
+
+def check_no_output(field: str, n: int) -> None:
+    """Refuse several choices of a request without output."""
+    if n > 1:
+        refuse(field, f"must be 1 with max_tokens 0, without output; got {n}")
 
 
 def sampling_params(

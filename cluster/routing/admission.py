@@ -10,7 +10,7 @@ from kvmesh.cluster.routing.chooser import Chooser
 from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.demand import RequestDemand
 from kvmesh.cluster.routing.fleet import Fleet
-from kvmesh.cluster.routing.forecast import earliest_start, promise
+from kvmesh.cluster.routing.forecast import promise
 from kvmesh.cluster.routing.group import Group
 from kvmesh.cluster.routing.leases import Leases
 from kvmesh.cluster.routing.live import LiveRequest
@@ -114,7 +114,7 @@ class Admission:
             if not open_groups:
                 break
             demand = self._refresh(live, now)
-            if self._refusals.fits_nowhere(demand) or self._refusals.exceeds_quota(demand):
+            if self._refusals.never(demand):
                 decisions.append(self._refuse(live, now))
                 continue
             allowed = self._refusals.within_quota(demand)
@@ -139,7 +139,7 @@ class Admission:
         """What would happen to the request, without placing it."""
         demand, ahead = self._fleet.demand(request), len(self.queue)
         choice = self._chooser.choose(demand, now)
-        never = self._refusals.fits_nowhere(demand)
+        never = self._refusals.never(demand)
         group = choice.group if not ahead and self.ready(now) else None
         start_s: float | None = 0.0
         if group is None:
@@ -189,7 +189,7 @@ class Admission:
         return self._standing(live, position, now, choice.verdicts)
 
     def _forecast(self, live: LiveRequest, now: float) -> None:
-        live.start_at = earliest_start(self._fleet.groups.values(), live.demand, now)
+        live.start_at = self._refusals.earliest_start(live.demand, now)
 
     def _standing(
         self, live: LiveRequest, position: int, now: float, verdicts: Verdicts = NO_VERDICTS

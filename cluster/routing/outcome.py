@@ -109,7 +109,8 @@ Outcome = Decision | Grown | Withdrawn
 class BudgetEstimate:
     """What would happen to a request, without placing it.
 
-    fits_ever, fits_now: some group could hold it when empty; would take it at once
+    fits_ever: some group could hold it when empty, and its tenant's quota is not too small
+    fits_now: a group would take it at once
     group: where it would go now, or None
     projected_start_s: 0 if it would start at once, None where it is not known
     """

@@ -44,7 +44,7 @@ class Refusals:
         if not self._fleet.groups:
             return NoGroupError("no group is known", self._config.max_retry_s, 0, 0)
         if self.fits_nowhere(demand):
-            return self._never(demand, verdicts)
+            return self._fits_nowhere(demand, verdicts)
         quota = self._fleet.tenants.policy(request.tenant).quota_bytes
         if quota is not None and self.exceeds_quota(demand):
             message = "the request alone exceeds its tenant's quota"
@@ -56,14 +56,18 @@ class Refusals:
                 return DeadlineUnreachableError(request.timeout_s, start - now)
         return None
 
+    def never(self, demand: RequestDemand) -> bool:
+        """Whether the request could not start even if nothing else ran."""
+        return self.fits_nowhere(demand) or self.exceeds_quota(demand)
+
     def fits_nowhere(self, demand: RequestDemand) -> bool:
         """Whether no group that the request allows could hold it, even when empty.
 
-        One that is still missing may.
+        One that is still missing may, and one that comes where none is known.
         """
-        return not self._fleet.missing and all(
-            never_taken(group, demand) is not None for group in self._fleet.groups.values()
-        )
+        groups = self._fleet.groups.values()
+        known = bool(groups) and not self._fleet.missing
+        return known and all(never_taken(group, demand) is not None for group in groups)
 
     def exceeds_quota(self, demand: RequestDemand) -> bool:
         """Whether the request alone exceeds its tenant's quota, and has to keep to it."""
@@ -79,8 +83,14 @@ class Refusals:
 
     def projected_start_s(self, demand: RequestDemand, ahead: int, now: float) -> float | None:
         """From now: the soonest start, and what those ahead take at the fleet's rate."""
-        start = earliest_start(self._fleet.groups.values(), demand, now)
+        start = self.earliest_start(demand, now)
         return None if start is None else start - now + self.queue_s(ahead)
+
+    def earliest_start(self, demand: RequestDemand, now: float) -> float | None:
+        """The soonest start, were the request first in line; None while its tenant's leases
+        leave it no room in the quota: they may grow until they end.
+        """
+        return earliest_start(self.within_quota(demand), demand, now)
 
     def queue_s(self, ahead: int) -> float:
         """What those ahead take at the fleet's rate."""
@@ -100,7 +110,7 @@ class Refusals:
         possible = (x for x in groups if never_taken(x, demand) is None)
         return min((lease_bytes(x, demand) for x in possible), default=0)
 
-    def _never(self, demand: RequestDemand, verdicts: Verdicts) -> RoutingError:
+    def _fits_nowhere(self, demand: RequestDemand, verdicts: Verdicts) -> RoutingError:
         accepts, groups = demand.request.accepts, sorted(self._fleet.groups.items())
         reasons = {name: why for name, group in groups if (why := accepts.why_not(group.info))}
         if len(reasons) == len(groups):

@@ -13,12 +13,15 @@ from kvmesh.cluster.cli import console, status_view
 from kvmesh.cluster.ingress.estimate import estimate_reply
 from kvmesh.cluster.messages import Release
 from kvmesh.cluster.reports import ClusterStatus, EngineReport
+from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.errors import ExceedsEveryGroupError
+from kvmesh.cluster.routing.fairness import TenantPolicy
 from kvmesh.cluster.routing.outcome import BudgetEstimate, RouterStatus
 from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.cluster.routing.verdict import Reason, Verdict
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.v1alpha import admin_pb2 as admin
+from kvmesh.workers.errors import InvalidFieldError
 from kvmesh.workers.loads import EngineLoads
 from tests.cluster.machine import TENANT, Machine, machine, scripted_ingress
 from tests.cluster.test_generation import make_request, read
@@ -53,6 +56,32 @@ async def test_an_estimate_beyond_the_context_counts_all_tokens() -> None:
         small, large = await estimate(built, 5_000), await estimate(built, 1_000_000)
         assert not small.feasible_ever and not large.feasible_ever
         assert large.groups[0].needed_bytes > 100 * small.groups[0].needed_bytes
+
+
+async def test_a_prompt_without_output_is_estimated() -> None:
+    async with machine() as built:
+        questions = built.ingress.questions
+        request = pb.EstimateBudgetRequest(prompt_tokens=100, max_tokens=0)
+        reply = await questions.estimate_budget(request, TENANT)
+        assert (reply.max_tokens, reply.feasible_now) == (0, True)
+        with pytest.raises(InvalidFieldError, match="must be 1 with max_tokens 0"):
+            request.n = 2
+            await questions.estimate_budget(request, TENANT)
+        with pytest.raises(InvalidFieldError, match="max_tokens"):
+            await questions.estimate_budget(
+                pb.EstimateBudgetRequest(prompt_tokens=100, max_tokens=-1), TENANT
+            )
+
+
+async def test_an_estimate_beyond_the_quota_never_fits() -> None:
+    config = RouterConfig(tenants={TENANT: TenantPolicy(quota_bytes=1)})
+    async with machine(config=config) as built:
+        reply = await estimate(built, 100)
+        assert not reply.feasible_ever and not reply.feasible_now
+        assert not reply.HasField("projected_wait_s")
+        (group,) = reply.groups
+        assert group.reason == Reason.QUOTA.value
+        assert not group.feasible_ever and not group.feasible_now
 
 
 async def test_the_views_fit_eighty_columns(

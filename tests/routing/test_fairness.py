@@ -105,6 +105,22 @@ def test_a_quota_holds_back_its_tenant_and_no_other() -> None:
     assert isinstance(refused.error, QuotaExceededError)
 
 
+def test_an_estimate_and_a_forecast_know_the_quota() -> None:
+    bytes_each = 4 * 1000 + 17 * 300
+    tenants = {"t": TenantPolicy(quota_bytes=bytes_each)}
+    router = router_with(groups={"g0": make_info()}, tenants=tenants)
+    running = granted(router.place(ask("r0", tenant="t"), 0.0))
+    found = router.admission.estimate(ask("r1", tenant="t"), 0.0)
+    assert (found.fits_ever, found.fits_now, found.group) == (True, False, None)
+    assert found.projected_start_s is None, "what runs may grow until it ends"
+    assert router.admission.estimate(ask("r1", tenant="other"), 0.0).fits_now
+    (own,) = router.place(ask("r1", tenant="t"), 0.0)
+    assert isinstance(own, Enqueued) and own.projected_start_s is None
+    granted(end(router, running, 1.0))
+    large = router.admission.estimate(ask("large", 640, 640, tenant="t"), 1.0)
+    assert (large.fits_ever, large.projected_start_s) == (False, None)
+
+
 def test_a_request_that_lost_its_group_continues_past_its_tenants_quota() -> None:
     """It is leased in full, for all that it may grow to."""
     tenants = {"t": TenantPolicy(quota_bytes=4 * 1000 + 17 * 300)}

@@ -341,6 +341,11 @@ def test_without_any_group_the_answer_is_to_come_back() -> None:
     refused(make_router().place(ask("a"), 0.0)[0], NoGroupError)
 
 
+def test_without_any_group_nobody_knows_what_would_fit() -> None:
+    found = make_router().admission.estimate(ask("a"), 0.0)
+    assert (found.fits_ever, found.fits_now, found.projected_start_s) == (True, False, None)
+
+
 def test_a_restarted_router_admits_only_after_the_expected_groups_are_up() -> None:
     router = Router(RouterConfig(), epoch=4, now=0.0, expected_groups=["g0", "g1"])
     assert router.group_up("g0", make_info(), [foreign(0, 4, 90)], 0.0) == []

@@ -1780,9 +1780,11 @@ class EstimateBudgetResponse(_message.Message):
     """
     feasible_now: _builtins.bool
     feasible_ever: _builtins.bool
-    """Whether it would fit on an empty cluster."""
+    """Whether it would fit on an empty cluster, and in its tenant's quota."""
     projected_wait_s: _builtins.float
-    """Seconds until it would start; unset if it never would, or if unknown."""
+    """Seconds until it would start; unset if it never would, or if unknown, as while
+    its tenant's quota is used up.
+    """
     group: _builtins.str
     """Where it would be placed; empty if it cannot be placed."""
     @_builtins.property
