@@ -269,7 +269,9 @@ class RouterSection(Settings):
     """Placement of requests on groups, and the queue."""
 
     max_queued: WholeNumber = Field(
-        default=256, ge=0, description="Requests that may wait for pages"
+        default=256,
+        ge=0,
+        description="Requests that may wait for pages, besides those that lost their group",
     )
     queue_timeout_s: Seconds = Field(
         default=120.0, description="Maximum wait for pages, in seconds"

@@ -80,7 +80,8 @@ class Admission:
                 self._fleet.tenants.enter(live.request.tenant)
                 self.queue.note_passed()
                 return [Granted(self._leases.grant(live, choice, now))]
-        if self.queue.full:
+        # A request that lost its group waits all the same: there are no more of them than ran.
+        if self.queue.full and not live.request.resumed:
             full = self._refusals.queue_full(demand, choice, ahead, now)
             return [Refused(name, full, choice.verdicts)]
         self._fleet.tenants.enter(live.request.tenant)

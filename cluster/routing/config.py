@@ -64,7 +64,7 @@ class RouterTuning:
 class RouterConfig:
     """What operators set.
 
-    queue_limit: requests that may wait at once
+    queue_limit: requests that may wait at once, besides those that lost their group
     lease_ttl_s: a lease's sequences must reach the engine within this time of the grant
     rebuild_timeout_s: after its start, the router waits at most this long for the expected
         groups before it admits to those that are up

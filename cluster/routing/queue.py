@@ -98,7 +98,7 @@ class _Line:
 
 
 class WaitingQueue:
-    """At most `limit` requests; put and remove are O(log n)."""
+    """`limit` requests, or more where the caller puts them; put and remove are O(log n)."""
 
     def __init__(self, limit: int) -> None:
         if limit < 0:
@@ -131,7 +131,7 @@ class WaitingQueue:
         self._waits.add(0.0)
 
     def put(self, live: LiveRequest) -> None:
-        """Add a request. The caller has seen that there is room."""
+        """Add a request. The caller has seen that it may wait."""
         self._lines.setdefault(live.request.tenant, _Line()).put(live)
         self._count += 1
         if live.deadline is not None:

@@ -417,6 +417,20 @@ def test_the_advice_when_to_come_back_is_neither_at_once_nor_never(
     assert error.retry_after_s == pytest.approx(retry_after_s, rel=1e-3)
 
 
+def test_requests_that_lost_their_group_wait_even_where_the_queue_is_full() -> None:
+    router = one_at_a_time(queue_limit=1)
+    router.place(ask("runs"), 0.0)
+    router.place(ask("waits"), 0.0)
+    lost = ask("runs", resumed=True, lost_engines=frozenset({"e0"}))
+    router.group_down("g0", 1.0)
+    assert isinstance(router.place(lost, 1.0)[0], Enqueued)
+    refused(router.place(ask("new"), 1.0)[0], QueueFullError)
+    assert router_status(router, 1.0).queue_depth == 2
+    (next_one,) = router.group_up("g0", make_info(max_sequences=1, epoch="e1"), (), 2.0)
+    assert granted([next_one]).request_id == "runs"
+    refused(router.place(ask("new"), 2.0)[0], QueueFullError)
+
+
 def test_an_estimate_changes_nothing() -> None:
     router = one_at_a_time()
     before = router.admission.estimate(ask("a"), 0.0)
