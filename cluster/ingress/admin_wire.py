@@ -134,7 +134,7 @@ def _router(status: ClusterStatus) -> admin.RouterLoads:
     for group in router.groups:
         wire.ledger.add(
             group=group.group,
-            leases=group.sequences,
+            leases=group.leases,
             hot_pages_leased=group.used.hot,
             hot_pages_total=group.capacity.hot,
             sealed_pages_leased=group.used.sealed,

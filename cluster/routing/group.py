@@ -45,6 +45,7 @@ class Group:
             group=self.name,
             up=account is not None,
             kv_format=info.kv_format,
+            leases=account.num_leases if account else 0,
             sequences=sequences,
             max_sequences=info.max_num_seqs,
             capacity=info.capacity,

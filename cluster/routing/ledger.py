@@ -42,6 +42,10 @@ class Account:
         capacity = self._info.capacity
         return PageNeed(capacity.hot - self.free.hot, capacity.sealed - self.free.sealed)
 
+    @property
+    def num_leases(self) -> int:
+        return len(self._leases)
+
     def rename(self, group: str) -> None:
         """The group has another name from now on, and its leases with it."""
         self.group = group

@@ -150,6 +150,7 @@ class GroupStatus:
     group: str
     up: bool
     kv_format: str
+    leases: int
     sequences: int
     max_sequences: int
     capacity: PageNeed

@@ -73,6 +73,17 @@ async def test_a_prompt_without_output_is_estimated() -> None:
             )
 
 
+async def test_a_group_counts_leases_not_sequences() -> None:
+    async with machine(groups=2) as built:
+        other = await scripted_ingress(built)
+        requests = [PlaceRequest(name, 10, 10, sequences=3) for name in "ab"]
+        placed = [await other.place(request) for request in requests]
+        router = (await built.ingress.questions.get_loads(admin.GetLoadsRequest(), TENANT)).router
+        assert router.leases == sum(group.leases for group in router.ledger) == 2
+        for each in placed:
+            other.router.send(Release(each.lease.lease_id))
+
+
 async def test_an_estimate_beyond_the_quota_never_fits() -> None:
     config = RouterConfig(tenants={TENANT: TenantPolicy(quota_bytes=1)})
     async with machine(config=config) as built:
