@@ -157,6 +157,7 @@ class Autoscaler:
         self._all_up = all_up
         need = self._need(load)
         if self._is_short(load, need, now):
+            self._spare_since = None
             target = math.ceil(need / HIGH_LOAD)
             if all_up:  # else those that start may be enough
                 target = max(target, running + 1)
@@ -195,7 +196,7 @@ class Autoscaler:
     def _add(self, count: int) -> None:
         others = [name for name in self._groups if name not in self.wanted]
         self.wanted |= frozenset(others[:count])
-        self._short_since = self._spare_since = None
+        self._short_since = None
 
     def _remove_one(self, load: FleetLoad) -> None:
         """The one that holds least; of equals the last."""

@@ -117,6 +117,17 @@ def test_a_moment_of_load_starts_the_time_again() -> None:
     assert scaled.run(2, held=0.1) == "a"
 
 
+def test_a_refusal_while_a_group_starts_puts_off_a_removal() -> None:
+    scaled = Scaled(wanted=("b",))
+    assert scaled.run(90, held=0.1) == "ab"
+    scaled.stall, scaled.up = True, {"a"}
+    scaled.scaler.note_refused(QueueFullError("", 1.0, 100, 10))
+    assert scaled.run(1, held=0.1) == "ab", "the one that is down may be enough"
+    scaled.stall, scaled.up = False, {"a", "b"}
+    assert scaled.run(100, held=0.1) == "ab"
+    assert scaled.run(1, held=0.1) == "a"
+
+
 def test_the_group_that_holds_least_is_removed_but_never_one_of_the_first() -> None:
     scaler = Autoscaler(AutoscalingPolicy(1, down_after_s=0.0), NAMES, ("b", "c"), 0.0)
     assert scaler.decide(FleetLoad({"a": 0.0, "b": 0.1, "c": 0.2}), 1.0) == {"a", "c"}
