@@ -87,6 +87,12 @@ class RunningChoice:
         self._reader = AnswerReader(form) if form else None
         self.already_finished = resumed.finished
         self._replay(resumed)
+        self._num_resumed = len(self.token_ids)
+
+    @property
+    def num_new_tokens(self) -> int:
+        """Of the output, besides what the client already had."""
+        return len(self.token_ids) - self._num_resumed
 
     def _replay(self, resumed: ResumedChoice) -> None:
         pieces = Pieces()

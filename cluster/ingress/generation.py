@@ -132,6 +132,11 @@ class Generation:
             task.cancel()
             queue.close()
 
+    @property
+    def longest_tokens(self) -> int:
+        """New tokens of the longest choice so far."""
+        return max(choice.num_new_tokens for choice in self._output.choices)
+
     # The request's task
 
     async def _run(self) -> None:

@@ -157,7 +157,7 @@ class IngressService:
             async with contextlib.aclosing(generation.events()) as events:
                 async for event in events:
                     if event.HasField("usage"):
-                        self._meters.finished(event.usage, tenant)
+                        self._meters.finished(event.usage, tenant, generation.longest_tokens)
                     yield event
 
     async def generate(self, request: pb.GenerateRequest, tenant: str) -> pb.GenerateResponse:

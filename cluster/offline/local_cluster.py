@@ -269,7 +269,7 @@ class _AnswerCount(IngressMeters):
 
     answered = 0
 
-    def finished(self, usage: pb.Usage, tenant: str) -> None:
+    def finished(self, usage: pb.Usage, tenant: str, longest_tokens: int) -> None:
         self.answered += 1
 
 

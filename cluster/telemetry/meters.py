@@ -181,16 +181,19 @@ class IngressMeters:
             name = self._tenant(tenant)
             self._meters.record(table.TENANT_REQUESTS, 1, tenant=name, outcome=outcome)
 
-    def finished(self, usage: pb.Usage, tenant: str) -> None:
-        """A generation has ended with this usage."""
+    def finished(self, usage: pb.Usage, tenant: str, longest_tokens: int) -> None:
+        """A generation has ended with this usage.
+
+        longest_tokens: of its longest choice, that were generated in this time
+        """
         record, group = self._meters.record, usage.group
         record(table.REQUEST_QUEUE, usage.queue_s, group=group)
         record(table.REQUEST_DURATION, usage.total_s, group=group)
         if usage.HasField("time_to_first_token_s"):
             first_s = usage.time_to_first_token_s
             record(table.FIRST_TOKEN, first_s, group=group)
-            if usage.completion_tokens > 1:
-                each_s = (usage.total_s - first_s) / (usage.completion_tokens - 1)
+            if longest_tokens > 1:
+                each_s = (usage.total_s - first_s) / (longest_tokens - 1)
                 record(table.OUTPUT_TOKEN, each_s, group=group)
         if self._tenants:
             tokens = {"prompt": usage.prompt_tokens, "completion": usage.completion_tokens}

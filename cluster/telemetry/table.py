@@ -127,7 +127,7 @@ OUTPUT_TOKEN = Metric(
     "kvmesh_request_time_per_output_token_seconds",
     HISTOGRAM,
     "ingress",
-    "Mean time between two tokens of a generation, failovers included (TPOT)",
+    "Mean time between two tokens of a generation's longest choice, failovers included (TPOT)",
     unit="seconds",
     labels=GROUP,
     buckets=TOKEN_BUCKETS_S,

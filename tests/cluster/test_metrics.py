@@ -21,8 +21,8 @@ from kvmesh.cluster.telemetry.gpus import Gpus, GpuUse
 from kvmesh.cluster.telemetry.meters import EngineMeters, IngressMeters, Meters
 from kvmesh.cluster.telemetry.table import BY_NAME, METRICS, RAY_LABELS, Kind, Metric
 from kvmesh.v1 import kvmesh_pb2 as pb
-from tests.cluster.machine import TENANT, Machine, SeenMeters, machine
-from tests.cluster.test_generation import PROMPT
+from tests.cluster.machine import TENANT, Machine, SeenMeters, answer, machine
+from tests.cluster.test_generation import PROMPT, make_request, read, resumed
 from tests.repo.imports import ROOT
 
 BASE_UNITS = {"seconds", "bytes", "ratio", "nats"}
@@ -201,9 +201,9 @@ def test_latencies_are_those_of_the_usage() -> None:
         return SimpleNamespace(record=lambda value, _: recorded.setdefault(metric.name, value))
 
     usage = pb.Usage(
-        group="g0", queue_s=0.5, time_to_first_token_s=2.0, total_s=5.0, completion_tokens=4
+        group="g0", queue_s=0.5, time_to_first_token_s=2.0, total_s=5.0, completion_tokens=12
     )
-    IngressMeters(factory).finished(usage, TENANT)
+    IngressMeters(factory).finished(usage, TENANT, 4)
     assert recorded == {
         table.REQUEST_QUEUE.name: 0.5,
         table.FIRST_TOKEN.name: 2.0,
@@ -211,8 +211,31 @@ def test_latencies_are_those_of_the_usage() -> None:
         table.REQUEST_DURATION.name: 5.0,
     }
     recorded.clear()
-    IngressMeters(factory).finished(pb.Usage(group="g0", completion_tokens=0), TENANT)
+    IngressMeters(factory).finished(pb.Usage(group="g0", completion_tokens=0), TENANT, 0)
     assert table.OUTPUT_TOKEN.name not in recorded
+
+
+@pytest.mark.parametrize(("received", "n"), [(0, 1), (0, 3), (60, 1)])
+async def test_the_time_per_token_is_that_of_one_choice_as_it_was_generated(
+    monkeypatch: pytest.MonkeyPatch, received: int, n: int
+) -> None:
+    """Choices are generated at the same time, and a resumed stream only what was missing."""
+    recorded: dict[str, float] = {}
+
+    def factory(metric: Metric) -> SimpleNamespace:
+        return SimpleNamespace(record=lambda value, _: recorded.setdefault(metric.name, value))
+
+    async with machine() as built:
+        monkeypatch.setattr(built.ingress, "_meters", IngressMeters(factory))
+        built.allow(MANY)
+        request = make_request(70, n=n)
+        if received:
+            request = resumed(request, {0: (answer(PROMPT, received), received)})
+        usage = (await read(built.stream(request), {0: received})).usage
+        assert usage is not None and usage.completion_tokens == n * 70
+        decode_s = usage.total_s - usage.time_to_first_token_s
+        each_s = recorded[table.OUTPUT_TOKEN.name]
+        assert each_s == pytest.approx(decode_s / (70 - received - 1))
 
 
 async def test_refusals_are_counted_with_their_bytes() -> None:
