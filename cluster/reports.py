@@ -43,7 +43,7 @@ class EngineReport:
 class ClusterStatus:
     """The router's view of the cluster.
 
-    reports: the latest report of each group that has ever sent one
+    reports: the latest report of each group that has ever sent one, in the order of their names
     healthy: groups that are up
     draining: new requests are refused
     requests: tenant/id of the requests whose sequences the reports name, by lease

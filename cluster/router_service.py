@@ -45,6 +45,7 @@ from kvmesh.cluster.report_book import ReportBook
 from kvmesh.cluster.reports import ClusterStatus
 from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.errors import RequestIdInUseError, RoutingError
+from kvmesh.cluster.routing.group import name_order
 from kvmesh.cluster.routing.outcome import (
     Enqueued,
     Granted,
@@ -138,7 +139,7 @@ class RouterService:
         now = self.clock()
         return ClusterStatus(
             router=router_status(self.router, now),
-            reports=dict(self.reports.latest),
+            reports=dict(sorted(self.reports.latest.items(), key=lambda x: name_order(x[0]))),
             healthy=self.groups.names,
             draining=self._draining,
             audits_total=self.reports.audits,

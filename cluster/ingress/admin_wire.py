@@ -13,7 +13,7 @@ from kvmesh.workers.sizes import PageNeed
 
 def groups(status: ClusterStatus, layout_reason: str) -> admin.ListGroupsResponse:
     wire = admin.ListGroupsResponse()
-    for group, report in sorted(status.reports.items()):
+    for group, report in status.reports.items():
         info, geometry = report.info, report.info.geometry
         wire.groups.add(
             group=group,
@@ -41,7 +41,7 @@ def groups(status: ClusterStatus, layout_reason: str) -> admin.ListGroupsRespons
 
 def loads(status: ClusterStatus) -> admin.GetLoadsResponse:
     wire = admin.GetLoadsResponse(router=_router(status))
-    for group, report in sorted(status.reports.items()):
+    for group, report in status.reports.items():
         made = _group(group, report, group in status.healthy)
         made.oldest.extend(_sequence(x, status.requests) for x in report.loads.oldest)
         wire.groups.append(made)

@@ -163,7 +163,7 @@ def model_info(
         eos_token_ids=codec.eos_token_ids,
         default_sampling_params=defaults,
     )
-    for group, report in sorted(status.reports.items()):
+    for group, report in status.reports.items():
         info = report.info
         wire.groups.add(
             group=group,

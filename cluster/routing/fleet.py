@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.demand import DemandModel, EngineKind, RequestDemand
 from kvmesh.cluster.routing.fairness import Tenants
-from kvmesh.cluster.routing.group import Group
+from kvmesh.cluster.routing.group import Group, name_order
 from kvmesh.cluster.routing.ledger import Account
 from kvmesh.cluster.routing.output_lengths import OutputLengths
 from kvmesh.cluster.routing.pace import Backlog
@@ -20,7 +20,7 @@ from kvmesh.workers.loads import EngineInfo
 class Fleet:
     """What changes here decides nothing, and needs no decision.
 
-    groups: by name; those that are down stay known
+    groups: by name, in its order; those that are down stay known
     missing: of the expected groups, those that were not up so far
     kinds: of the groups' engines
     tenants: and what they use
@@ -60,9 +60,8 @@ class Fleet:
         self.missing.discard(name)
         pace = self._tuning.pace
         account = Account(name, info, self._tuning.block_pages)
-        self.groups[name] = Group(
-            name, info, 0, account, Backlog(pace), pace.decode_step_s, draining
-        )
+        backlog = Backlog(pace)
+        self._enter(Group(name, info, 0, account, backlog, pace.decode_step_s, draining))
         kinds = {EngineKind.of(group.info): 0 for group in self.groups.values()}
         self.kinds = tuple(kinds)
         for group in self.groups.values():
@@ -89,7 +88,7 @@ class Fleet:
         assert group.draining and group.account is not None
         group.name = as_name
         group.account.rename(as_name)
-        self.groups[as_name] = group
+        self._enter(group)
         self.index.clear(name)  # it gets no more prompts, so nothing is to be found there
 
     def forget(self, name: str) -> None:
@@ -102,3 +101,9 @@ class Fleet:
         if self.account(name) is not None:
             self.index.add(name, held)
             self.index.remove(name, dropped)
+
+    def _enter(self, group: Group) -> None:
+        """Others hold this dict, so it is put in order in its place."""
+        entered = {**self.groups, group.name: group}
+        self.groups.clear()
+        self.groups.update((name, entered[name]) for name in sorted(entered, key=name_order))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from kvmesh.cluster.routing.ledger import Account
@@ -12,6 +13,12 @@ from kvmesh.workers.loads import EngineInfo
 from kvmesh.workers.sizes import PageNeed
 
 NO_PAGES = PageNeed(0, 0)
+
+
+def name_order(name: str) -> list[tuple[int, str]]:
+    """Sorts names of groups with their numbers in order: engine-2 before engine-10."""
+    parts = re.split(r"(\d+)", name)
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
 @dataclass(slots=True, eq=False)

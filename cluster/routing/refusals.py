@@ -111,7 +111,7 @@ class Refusals:
         return min((lease_bytes(x, demand) for x in possible), default=0)
 
     def _fits_nowhere(self, demand: RequestDemand, verdicts: Verdicts) -> RoutingError:
-        accepts, groups = demand.request.accepts, sorted(self._fleet.groups.items())
+        accepts, groups = demand.request.accepts, self._fleet.groups.items()
         reasons = {name: why for name, group in groups if (why := accepts.why_not(group.info))}
         if len(reasons) == len(groups):
             return NoAllowedFormatError(reasons)

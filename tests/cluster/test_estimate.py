@@ -73,6 +73,24 @@ async def test_a_prompt_without_output_is_estimated() -> None:
             )
 
 
+async def test_groups_are_listed_by_their_numbers() -> None:
+    names = [f"g{number}" for number in range(11)]
+    async with machine(groups=len(names)) as built:
+        questions = built.ingress.questions
+        loads = await questions.get_loads(admin.GetLoadsRequest(), TENANT)
+        info = await questions.get_model_info(pb.GetModelInfoRequest(), TENANT)
+        listed = await questions.list_groups(admin.ListGroupsRequest(), TENANT)
+        estimated = await estimate(built, 100)
+        for groups in (
+            loads.groups,
+            loads.router.ledger,
+            info.groups,
+            listed.groups,
+            estimated.groups,
+        ):
+            assert [group.group for group in groups] == names
+
+
 async def test_a_group_counts_leases_not_sequences() -> None:
     async with machine(groups=2) as built:
         other = await scripted_ingress(built)
