@@ -510,7 +510,6 @@ def check_valid_or_names_a_field(request: pb.GenerateRequest) -> None:
         check_names_a_field(spec)
         return
     assert 1 <= spec.n <= LIMITS.max_choices
-    assert not (spec.params.greedy and spec.n > 1)
     assert spec.request_id
     assert len(spec.rules.stop) <= LIMITS.max_stop_strings
     assert all(0 < len(stop) <= LIMITS.max_stop_chars for stop in spec.rules.stop)
