@@ -102,16 +102,25 @@ def test_messages_may_be_as_openais_api_has_them() -> None:
             {"role": "user", "content": [{"type": "text", "text": "one"}]},
             {"role": "assistant", "content": None, "tool_calls": [call]},
             {"role": "tool", "tool_call_id": "c1", "content": "2"},
-            Message("assistant", tool_calls=[{"name": "g", "arguments": {"y": 2}}]),
+            Message("assistant", tool_calls=[{"id": "c2", "name": "g", "arguments": {"y": 2}}]),
         ],
-        tools=[{"type": "function", "function": {"name": "f", "parameters": schema}}],
+        tools=[
+            {
+                "type": "function",
+                "function": {"name": "f", "description": "does", "parameters": schema},
+            }
+        ],
     )
     chat = fake.server.requests[0].prompt.chat
     assert [part.text for part in chat.messages[0].parts] == ["one"]
-    assert chat.messages[1].tool_calls[0].arguments_json == '{"x": 1}'
+    (sent,) = chat.messages[1].tool_calls
+    assert (sent.id, sent.name, sent.arguments_json) == ("c1", "f", '{"x": 1}')
     assert (chat.messages[2].tool_call_id, chat.messages[2].content) == ("c1", "2")
-    assert json.loads(chat.messages[3].tool_calls[0].arguments_json) == {"y": 2}
-    assert json.loads(chat.tools[0].parameters_json) == schema
+    (sent,) = chat.messages[3].tool_calls
+    assert (sent.id, sent.name, json.loads(sent.arguments_json)) == ("c2", "g", {"y": 2})
+    (tool,) = chat.tools
+    assert (tool.name, tool.description) == ("f", "does")
+    assert json.loads(tool.parameters_json) == schema
 
 
 @pytest.mark.parametrize(
@@ -389,6 +398,27 @@ def test_an_estimate_takes_a_prompt_or_its_length() -> None:
     for arguments in ({}, {"prompt": "x", "prompt_tokens": 1}):
         with pytest.raises(InvalidRequestError, match="exactly one"):
             client.estimate(**arguments)  # type: ignore[arg-type]
+
+
+async def test_everything_that_an_estimate_is_given_is_sent() -> None:
+    options: dict[str, Any] = {
+        "max_tokens": 5,
+        "n": 2,
+        "priority": 1,
+        "allowed_kv_formats": ["int8", "exact"],
+        "max_kv_divergence_nats": 0.25,
+        "model": "m",
+    }
+    fake, async_fake = FakeTransport(), AsyncFakeTransport()
+    Client(transport=fake).estimate(prompt_tokens=7, **options)
+    await AsyncClient(transport=async_fake).estimate(prompt_tokens=7, **options)
+    want = pb.EstimateBudgetRequest(prompt_tokens=7, **options)
+    assert fake.server.requests == async_fake.server.requests == [want]
+    fields = {field.name for field in want.DESCRIPTOR.fields}
+    assert fields - {"prompt", "prompt_tokens"} == options.keys()
+    Client(transport=fake).estimate("one two", max_tokens=None)
+    prompt = pb.Prompt(text="one two")
+    assert fake.server.requests[1] == pb.EstimateBudgetRequest(prompt=prompt), "the rest is unset"
 
 
 def test_abort_of_a_running_stream() -> None:

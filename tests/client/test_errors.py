@@ -139,6 +139,34 @@ def test_the_status_has_googles_details_as_well() -> None:
     assert found[BadRequest].field_violations[0].field == "sampling_params.top_p"
 
 
+@pytest.mark.parametrize(
+    ("error", "kinds"),
+    [
+        (pb.Error(), {ErrorInfo}),
+        # Generic clients try again after a RetryInfo, so what has no time has none.
+        (pb.Error(reason=pb.ERROR_REASON_NEVER_FITS, needed_bytes=5), {ErrorInfo}),
+        (pb.Error(retry_after_s=0.0), {ErrorInfo, RetryInfo}),
+        (pb.Error(retry_after_s=1.5), {ErrorInfo, RetryInfo}),
+        (pb.Error(retry_after_s=-1.0), {ErrorInfo}),
+        (pb.Error(retry_after_s=float("nan")), {ErrorInfo}),
+        (pb.Error(retry_after_s=float("inf")), {ErrorInfo}),
+        (pb.Error(reason=pb.ERROR_REASON_QUOTA), {ErrorInfo, QuotaFailure}),
+        (pb.Error(field_violations=[pb.FieldViolation(field="n")]), {ErrorInfo, BadRequest}),
+    ],
+)
+def test_googles_details_say_no_more_than_the_error(
+    error: pb.Error, kinds: set[type[Message]]
+) -> None:
+    _, trailer = encode(error)
+    details = Status.FromString(trailer).details
+    found = {type(message): message for x in details for message in _unpacked(x)}
+    assert found.keys() == {pb.Error, *kinds}
+    if retry := found.get(RetryInfo):
+        assert retry.retry_delay.ToMilliseconds() == 1000 * error.retry_after_s  # type: ignore[attr-defined]
+    metadata = found[ErrorInfo].metadata  # type: ignore[attr-defined]
+    assert metadata == ({"needed_bytes": "5"} if error.needed_bytes else {})
+
+
 def _unpacked(packed: AnyMessage) -> Iterator[Message]:
     for kind in (pb.Error, ErrorInfo, RetryInfo, QuotaFailure, BadRequest):
         message = kind()

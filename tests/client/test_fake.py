@@ -16,6 +16,8 @@ from kvmesh import (
     Completion,
     FakeTransport,
     FinishReason,
+    Prefilling,
+    Queued,
     UnavailableError,
 )
 from kvmesh.client.fake_output import fake_output
@@ -142,6 +144,25 @@ def test_a_resumed_stream_keeps_its_seed() -> None:
     assert not first.sampling_params.HasField("seed")
     assert second.sampling_params.seed == stream.completion.seed == 1
     assert {choice.text for choice in stream.completion.choices} == {"one two three"}
+
+
+@pytest.mark.parametrize("seconds", [None, 1.0])
+def test_waits_are_sent_by_the_next_stream_that_does_not_fail_at_once(
+    seconds: float | None,
+) -> None:
+    fake = FakeTransport()
+    waits = [Queued(2, 1.5), Prefilling(512, 0, 1024)]
+    fake.server.wait(*waits)
+    if seconds is None:
+        fake.server.fail(UnavailableError("gone"), times=2)
+    else:
+        fake.server.fail_for(UnavailableError("gone"), seconds)
+    client = Client(transport=fake)
+    for expected in (waits, []):
+        with client.generate_stream("hi") as stream:
+            events = [x for x in stream.events() if isinstance(x, Queued | Prefilling)]
+        assert events == expected
+    assert len(fake.server.requests) > 2, "it was tried again"
 
 
 def test_the_requested_model_answers() -> None:

@@ -97,9 +97,18 @@ def test_a_format_that_the_model_does_not_fit(facts: ModelFacts) -> None:
     assert "head_dim" in error.message
 
 
-def test_every_group_is_checked_by_its_own_path(facts: ModelFacts) -> None:
-    groups = [{}, {"kv_memory_bytes": 1000}]
-    assert refused(facts, {}, groups=groups).field == "groups.1.kv_memory_bytes"
+@pytest.mark.parametrize("first", [{}, {"device": "cuda"}, {"kv_memory_bytes": "16MiB"}])
+@pytest.mark.parametrize(
+    "wrong", [{"kv_memory_bytes": 1000}, {"max_model_len": 8193}, {"kv_format": "k3v3"}]
+)
+def test_every_group_is_checked_by_its_own_path(
+    facts: ModelFacts, first: dict[str, Any], wrong: dict[str, Any]
+) -> None:
+    """Also after one on a GPU, whose memory only its ranks know."""
+    if "kv_format" in wrong:
+        facts = dataclasses.replace(facts, head_dim=20)
+    groups = [{"kv_format": "exact", **first}, wrong]
+    assert refused(facts, {}, groups=groups).field == f"groups.1.{min(wrong)}"
 
 
 def test_a_gpu_that_is_not_there() -> None:

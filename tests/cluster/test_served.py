@@ -102,17 +102,27 @@ async def test_all_who_want_a_fresh_status_at_once_share_one() -> None:
     assert router.fresh == [True, True]
 
 
-async def test_a_router_that_is_away_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_router_that_is_away_is_asked_again_and_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Gauges that say so are set while it is away, before it has answered and after."""
     monkeypatch.setattr(served, "REFRESH_PERIOD_S", 0.0)
-    router = Scripted(NotReadyError("away"), MIXED)
-    measured = asyncio.Event()
-    made = Served(router, frozenset(), measured.set)  # type: ignore[arg-type]
+    away, gone = NotReadyError("away"), replace(MIXED, healthy=frozenset())
+    router = Scripted(away, away, MIXED, away, gone, away)
+    measured: list[tuple[int, bool]] = []
+
+    def measure() -> None:
+        measured.append((len(router.left), made.healthy))
+        if not router.left:
+            router.proceed.clear()
+
+    made = Served(router, frozenset(), measure)  # type: ignore[arg-type]
     running = asyncio.create_task(made.run())
     async with asyncio.timeout(PATIENCE_S):
-        await measured.wait()
-        while not made.healthy:
+        while router.proceed.is_set():
             await asyncio.sleep(0)
     running.cancel()
+    assert measured == [(5, False), (4, False), (3, True), (2, True), (1, False), (0, False)]
 
 
 def test_the_context_is_the_longest_of_all_groups() -> None:

@@ -173,6 +173,19 @@ def test_what_waits_is_part_of_the_load() -> None:
     assert load.waiting_held == 1.0
     assert load.wait_s == 10.0, "as long as it has waited, however fast leases ended before"
     assert load.waiting_s > 0.0
+    assert isinstance(router.place(ask("comes later"), 9.0)[0], Enqueued)
+    both = fleet_load(router, 11.0)
+    assert both.wait_s == 10.0, "as long as the first of them has waited"
+    assert both.waiting_held == 2.0
+    assert both.waiting_s == pytest.approx(2 * load.waiting_s)
+
+
+def test_a_request_that_comes_now_waits_for_all_before_it() -> None:
+    router = router_with(groups={"g0": make_info(max_sequences=1)})
+    for number in range(4):
+        router.place(ask(f"r{number}"), 0.0)
+    router.leases.mean_s = 20.0
+    assert fleet_load(router, 11.0).wait_s == 60.0, "three leases, one at a time"
 
 
 def test_wrong_settings_are_named() -> None:

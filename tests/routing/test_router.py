@@ -136,6 +136,25 @@ def test_a_full_queue_refuses_with_advice() -> None:
     assert router_status(router, 0.0).refused_total == {"QueueFullError": 1}
 
 
+@pytest.mark.parametrize("names", [("far", "near", "never"), ("never", "near", "far")])
+def test_a_full_queue_names_the_bytes_of_the_group_that_is_nearest_to_having_room(
+    names: tuple[str, ...],
+) -> None:
+    """Not of one that could not hold the request even when empty, whatever it has free."""
+    infos = {
+        "far": make_info(hot=6, sealed=20, epoch="far"),
+        "near": make_info(hot=6, sealed=30, epoch="near"),
+        "never": make_info(hot=64, sealed=10, epoch="never"),
+    }
+    router = router_with(groups={name: infos[name] for name in names}, queue_limit=0)
+    holding = [granted(router.place(ask(name), 0.0)).group for name in "ab"]
+    assert sorted(holding) == ["far", "near"]
+    error = refused(router.place(ask("c"), 0.0)[0], QueueFullError)
+    assert isinstance(error, QueueFullError)
+    needed = 4 * 1000 + 17 * 300
+    assert (error.needed_bytes, error.available_bytes) == (needed, 2 * 1000 + 13 * 300)
+
+
 def test_deadlines_and_cancellations_leave_the_queue() -> None:
     router = one_at_a_time()
     running = granted(router.place(ask("a"), 0.0))
