@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+import os
 import socket
 import subprocess
 import sys
@@ -9,9 +11,12 @@ import sys
 import pytest
 import typer
 
+from kvmesh.cluster import joining
 from kvmesh.cluster.cli.exits import friendly_errors
 from kvmesh.cluster.errors import StartError
 from kvmesh.cluster.joining import join_ray
+
+TOKEN = "the Ray cluster at {} asks for another token: copy ~/.ray/auth_token"
 
 
 def free_port() -> int:
@@ -51,6 +56,46 @@ def test_no_cluster_on_this_machine() -> None:
             "kvmesh.cluster.errors.StartError: no Ray cluster runs on this machine: start one with"
         )
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "written", "address", "problem"),
+    [
+        ("ConnectionError", "lost", b"InvalidAuthToken", "ray://h", TOKEN.format("ray://h")),
+        ("ConnectionError", "lost", b"InvalidAuthToken", "auto", TOKEN.format("auto")),
+        ("RuntimeError", "lost", b"x: InvalidAuthToken: y\n", "h", TOKEN.format("h")),
+        ("AuthenticationError", "no", b"", "h", TOKEN.format("h")),
+        ("ConnectionError", "lost", b"another line", "auto", "no Ray cluster runs on this machine"),
+        ("ConnectionError", "lost", b"", "h", "cannot join the Ray cluster at h: lost"),
+        ("RuntimeError", "a\n b", b"", "auto", "cannot join the Ray cluster at auto: a b"),
+        ("RayError", "died", b"", "h", "cannot join the Ray cluster at h: died"),
+        ("ValueError", "bad", b"", "h", "cannot join the Ray cluster at h: bad"),
+    ],
+)
+def test_what_ray_says_becomes_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    words: str,
+    written: bytes,
+    address: str,
+    problem: str,
+) -> None:
+    """Of a wrong token, only what Ray has written to stderr tells."""
+    import ray
+    from ray import exceptions
+
+    cause = getattr(exceptions, kind, None) or getattr(builtins, kind)
+
+    def init(*_: object, **__: object) -> None:
+        os.write(2, written)
+        raise cause(words)
+
+    monkeypatch.setattr(joining, "use_ray_token", lambda _: None)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(StartError) as caught:
+        join_ray(address)
+    assert str(caught.value).startswith(problem)
+    assert "\n" not in str(caught.value)
 
 
 def test_an_address_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:

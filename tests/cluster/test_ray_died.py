@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import typer
 
+from kvmesh.cluster import lifecycle
 from kvmesh.cluster import local_ray as local_ray_module
 from kvmesh.cluster.cli.exits import ExitCode, friendly_errors
 from kvmesh.cluster.cli.signals import hold_signals
@@ -65,3 +67,51 @@ def test_the_error_says_what_to_do() -> None:
         ended.wait()
     with pytest.raises(RayDiedError, match=r"gcs_server.*Start it again"):
         cluster.check_alive()
+
+
+class FakeLocalRay:
+    """Notes what is ended, in order. dead: Ray's process that has died"""
+
+    def __init__(self, dead: str | None, ended: list[str]) -> None:
+        self._dead = dead
+        self._ended = ended
+
+    def dead_part(self) -> str | None:
+        return self._dead
+
+    def stop(self) -> None:
+        self._ended.append("Ray's own processes")
+
+    def end(self) -> None:
+        self._ended.append("all others, and the files")
+
+    def release(self) -> None:
+        self._ended.append("ports and variables")
+
+
+@pytest.mark.parametrize(
+    ("local", "dead", "expected"),
+    [
+        (True, None, ["Serve", "the connection", "Ray's own processes",
+                      "all others, and the files", "the connection", "ports and variables"]),
+        # What is dead cannot end the rest in order, and to leave it first would wait for it.
+        (True, "raylet", ["all others, and the files", "the connection", "ports and variables"]),
+        (False, None, ["Serve", "the connection", "the connection"]),
+    ],
+)  # fmt: skip
+def test_nothing_is_left_of_a_cluster_that_is_stopped(
+    monkeypatch: pytest.MonkeyPatch, local: bool, dead: str | None, expected: list[str]
+) -> None:
+    ended: list[str] = []
+    ray = SimpleNamespace(
+        is_initialized=lambda: True, shutdown=lambda: ended.append("the connection")
+    )
+    monkeypatch.setattr(lifecycle, "import_ray", lambda: ray)
+    cluster = Cluster(ClusterConfig())
+    monkeypatch.setattr(cluster, "_stop_serving", lambda: ended.append("Serve"))
+    cluster._started = True
+    cluster._local = FakeLocalRay(dead, ended) if local else None  # type: ignore[assignment]
+    cluster.stop()
+    assert ended == expected
+    cluster.stop()
+    assert ended == expected, "once"

@@ -10,6 +10,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from kvmesh.cluster import readiness
 from kvmesh.cluster.errors import StartError
 from kvmesh.cluster.readiness import until_serving
 
@@ -17,10 +18,13 @@ PATIENCE_S = 120.0
 
 
 class Ingresses(health_pb2_grpc.HealthServicer):
-    """Answers as the ingresses behind a proxy do, in turns. serving: whether each one serves"""
+    """Answers as the ingresses behind a proxy do, in turns.
+
+    serving: whether each one serves; None if it cannot be reached
+    """
 
     def __init__(self, count: int) -> None:
-        self.serving = [False] * count
+        self.serving: list[bool | None] = [False] * count
         self.asked = 0
 
     def Check(
@@ -28,6 +32,8 @@ class Ingresses(health_pb2_grpc.HealthServicer):
     ) -> health_pb2.HealthCheckResponse:
         serving = self.serving[self.asked % len(self.serving)]
         self.asked += 1
+        if serving is None:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "it is away")
         reply = health_pb2.HealthCheckResponse
         return reply(status=reply.SERVING if serving else reply.NOT_SERVING)
 
@@ -52,6 +58,23 @@ def test_a_cluster_serves_once_all_of_its_ingresses_do(ingresses: tuple[Ingresse
     servicer.asked = 0
     assert list(waits) == []
     assert servicer.asked == 3, "each was asked, and the first one twice"
+
+
+@pytest.mark.parametrize("failing", [False, None])
+def test_one_ingress_that_serves_is_not_taken_for_all(
+    ingresses: tuple[Ingresses, str], failing: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often it has said so, if the other one says no, or nothing at all, in between."""
+    monkeypatch.setattr(readiness, "POLL_S", 0.0)
+    servicer, target = ingresses
+    servicer.serving = [True, failing]
+    waits = until_serving(target, 2, PATIENCE_S)
+    for times in range(1, 9):
+        next(waits)
+        assert servicer.asked == 2 * times
+    servicer.serving = [True, True]
+    assert list(waits) == []
+    assert servicer.asked == 16 + 3
 
 
 def test_a_cluster_that_never_serves_did_not_start(ingresses: tuple[Ingresses, str]) -> None:
