@@ -119,7 +119,7 @@ async def test_a_router_that_is_away_is_asked_again_and_measured(
     made = Served(router, frozenset(), measure)  # type: ignore[arg-type]
     running = asyncio.create_task(made.run())
     async with asyncio.timeout(PATIENCE_S):
-        while router.proceed.is_set():
+        while router.proceed.is_set() and not running.done():
             await asyncio.sleep(0)
     running.cancel()
     assert measured == [(5, False), (4, False), (3, True), (2, True), (1, False), (0, False)]
