@@ -151,7 +151,7 @@ def test_waits_are_sent_by_the_next_stream_that_does_not_fail_at_once(
     seconds: float | None,
 ) -> None:
     fake = FakeTransport()
-    waits = [Queued(2, 1.5), Prefilling(512, 0, 1024)]
+    waits: list[Queued | Prefilling] = [Queued(2, 1.5), Prefilling(512, 0, 1024)]
     fake.server.wait(*waits)
     if seconds is None:
         fake.server.fail(UnavailableError("gone"), times=2)

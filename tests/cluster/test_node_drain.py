@@ -80,7 +80,7 @@ def drained(monkeypatch: pytest.MonkeyPatch) -> Drained:
 
 
 @pytest.mark.parametrize(("node_id", "node"), [(None, "here"), ("f00", "f00")])
-def test_ray_is_told_which_node_ends_and_when(
+def test_ray_hears_which_node_ends_and_when(
     drained: Drained, node_id: str | None, node: str
 ) -> None:
     drained.left = [0]

@@ -24,7 +24,7 @@ def receiving(turn_timeout_s: float) -> Reception:
 
 
 class Call:
-    """A call that sends its request until it is told to end."""
+    """A call that sends its request until the test ends it."""
 
     def __init__(self, received: Reception, tenant: str) -> None:
         self.has_turn = False
