@@ -26,7 +26,7 @@ from kvmesh.cluster.memory_check import check_memory
 from kvmesh.cluster.ports import Port, PortBlock, take_ports
 from kvmesh.cluster.readiness import until_running, until_serving
 from kvmesh.cluster.resources import alive, check_devices, check_layouts, check_nodes, logical_cpus
-from kvmesh.cluster.serve_config import APP_NAME, anywhere, behind_proxy, serve_config
+from kvmesh.cluster.serve_config import APP_NAME, anywhere, behind_proxy, for_nodes, serve_config
 from kvmesh.cluster.telemetry.gpus import local_gpu_memory
 from kvmesh.workers.model.facts import read_facts
 from kvmesh.workers.model.source import resolve_model
@@ -144,6 +144,8 @@ class Cluster:
             ports = take_ports(config.ingress.host, chosen)
             self._local = LocalRay(ports)
             config = _with_ports(config, ports)
+        else:
+            config = for_nodes(config)
         return anywhere(config, os.environ)
 
     def _start_ray(self, config: ClusterConfig) -> str | None:

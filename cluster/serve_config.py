@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from kvmesh.cluster.config import ClusterConfig
-from kvmesh.cluster.config_sources import DEFAULT, LoadedConfig
 from kvmesh.cluster.config_text import changed
 from kvmesh.cluster.keys import with_local_key
 from kvmesh.workers.model.embedded import EMBEDDED_NAME
@@ -65,13 +64,12 @@ def behind_proxy(config: ClusterConfig) -> ClusterConfig:
     return config.model_copy(update={"ingress": ingress})
 
 
-def for_nodes(loaded: LoadedConfig) -> ClusterConfig:
+def for_nodes(config: ClusterConfig) -> ClusterConfig:
     """The settings with the defaults of a cluster whose nodes are pods or other hosts.
 
     A proxy there listens on all interfaces and fixed ports: nobody could find any others.
     """
-    config = loaded.config
-    host = "0.0.0.0" if loaded.source(("ingress", "host")) == DEFAULT else config.ingress.host
+    host = config.ingress.host if "host" in config.ingress.model_fields_set else "0.0.0.0"
     ports = {"port": config.ingress.port or GRPC_PORT}
     ports["http_port"] = config.ingress.http_port or HTTP_PORT
     ingress = config.ingress.model_copy(update={"host": host, **ports})

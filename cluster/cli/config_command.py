@@ -98,7 +98,7 @@ def _print_for_serve(settings: ServeSettings, as_json: bool) -> None:
     from kvmesh.cluster.config_text import block_yaml
     from kvmesh.cluster.serve_config import anywhere, for_nodes, serve_config
 
-    deployed = serve_config(anywhere(for_nodes(settings.load()), os.environ))
+    deployed = serve_config(anywhere(for_nodes(settings.load().config), os.environ))
     if as_json:
         print_json(deployed)
     else:

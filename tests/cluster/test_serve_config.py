@@ -15,8 +15,10 @@ from kvmesh.cluster.config import AuthSection, ClusterConfig, build
 from kvmesh.cluster.config_sources import load
 from kvmesh.cluster.config_text import block_yaml, changed
 from kvmesh.cluster.deployment import _others
+from kvmesh.cluster.lifecycle import Cluster
 from kvmesh.cluster.serve_config import anywhere, behind_proxy, for_nodes, serve_config
 from kvmesh.workers.errors import ConfigError, ConfigErrors
+from tests.model.small import make_small_model
 
 # Ray's own, at its import.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
@@ -94,7 +96,7 @@ def test_on_one_host_only_the_proxy_listens_for_clients() -> None:
 
 def test_proxies_of_nodes_can_be_found() -> None:
     def ingress_of(**variables: str) -> tuple[str, int, int]:
-        found = for_nodes(load(environ=variables)).ingress
+        found = for_nodes(load(environ=variables).config).ingress
         return found.host, found.port, found.http_port
 
     assert ingress_of() == ("0.0.0.0", 9000, 8000)
@@ -107,6 +109,15 @@ def test_proxies_of_nodes_can_be_found() -> None:
         9100,
         8100,
     )
+
+
+def test_a_cluster_of_nodes_that_is_joined_listens_as_one_that_is_deployed(tmp_path: Path) -> None:
+    model = make_small_model("LlamaForCausalLM", tmp_path, num_hidden_layers=1)
+    settings: dict[str, Any] = {"model": str(model), "auth": {"mode": "none"}}
+    joined = Cluster(build({**settings, "ray": {"address": "auto"}, "ingress": {"port": 0}}))
+    deployed = for_nodes(build({**settings, "ingress": {"port": 0}}))
+    assert joined._prepare().ingress == deployed.ingress
+    assert (deployed.ingress.host, deployed.ingress.port) == ("0.0.0.0", 9000)
 
 
 def test_paths_and_the_local_key_are_valid_in_other_processes(
@@ -164,7 +175,7 @@ def test_other_applications_stay() -> None:
 def test_the_command_prints_it() -> None:
     environ = {"KVMESH_AUTH__MODE": "none", "KVMESH_GROUPS": "2"}
     printed = CliRunner().invoke(command_line, ["config", "--serve"], env=environ)
-    expected = for_nodes(load(environ=environ))
+    expected = for_nodes(load(environ=environ).config)
     assert yaml.safe_load(printed.stdout) == serve_config(expected)
     both = CliRunner().invoke(command_line, ["config", "--serve", "--schema"])
     assert both.exit_code == 2

@@ -142,7 +142,7 @@ def test_serve_is_given_what_config_prints(file: Path) -> None:
     found = serve_config_of(rendered(file))
     ServeDeploySchema.model_validate(found)
     config = build(found["applications"][0]["args"])
-    expected = serve_config(for_nodes(load(environ={})))
+    expected = serve_config(for_nodes(load(environ={}).config))
     assert {k: v for k, v in found.items() if k != "applications"} == {
         k: v for k, v in expected.items() if k != "applications"
     }
