@@ -40,6 +40,8 @@ _DATA = frozenset({"const", "enum", "default", "examples", "example"})
 # What has no special tokens: strings, regular expressions, comments. Those that do not end are
 # taken to the end of their line, so that no text takes longer than its length.
 _LARK_TEXT = re.compile(r'"(?:\\.|[^"\\\n])*+"?|//[^\n]*|/(?:\\.|[^/\\\n])++/?|#[^\n]*')
+# The name of another grammar, or what has none.
+_LARK_NAME = re.compile(rf"(?:{_LARK_TEXT.pattern})|@(\w+)")
 # The library's own test for it takes the square of the length, in one call that nothing interrupts.
 # It also takes GBNF's `start ::=` for Lark.
 _LARK_START = re.compile(r"^[ \t]*(%llguidance\b|start[ \t]*:(?!:=))", re.MULTILINE)
@@ -139,7 +141,9 @@ def _entry(name: str, part: str | Mapping[str, Any]) -> dict[str, Any]:
 def _renamed(part: str | Mapping[str, Any], names: Mapping[str, str]) -> str | Mapping[str, Any]:
     if not isinstance(part, str):
         return part
-    return re.sub(r"@(\w+)", lambda found: "@" + names.get(found[1], found[1]), part)
+    return _LARK_NAME.sub(
+        lambda found: found[0] if found[1] is None else "@" + names.get(found[1], found[1]), part
+    )
 
 
 def _enforced(schema: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from random import Random
 from typing import Any
 
@@ -152,6 +153,18 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("grammar", "start: missing", "missing"),
     ("grammar", "root ::= root", "no output matches"),
 ]
+
+
+@pytest.mark.parametrize("text", ["x@whole", "@answer", "@body", "a@regex", 'say "@json"'])
+def test_texts_that_look_like_names_of_grammars_stay_as_they_are(text: str) -> None:
+    reasoning = Reasoning("<think>", "</think>", started=True)
+    for kind, value in (("choice", (text,)), ("regex", re.escape(text))):
+        spec = AnswerSpec(StructuredSpec(kind, value))
+        constraint = plan_answer(spec, model("hermes"), reasoning).constraint
+        assert constraint is not None
+        matcher = LLMatcher(_alphabet(), constraint.grammar, log_level=0)
+        output = [*f"so</think>{text}".encode(), 256]
+        assert matcher.consume_tokens(output), matcher.get_error()
 
 
 def test_a_rule_of_gbnf_may_be_called_start() -> None:
