@@ -36,7 +36,7 @@ class _Line:
     def __init__(self) -> None:
         self.timely: SortedDict[Rank, LiveRequest] = SortedDict()
         self.late: SortedDict[Rank, LiveRequest] = SortedDict()
-        self.urgent_until = -math.inf  # late requests that came by then are urgent
+        self._urgent_until: dict[tuple[int, bool], float] = {}  # by the class of priority
         self._urgent_at = -math.inf
         self._arrivals: deque[float] = deque()  # of as many as wait
         self._left: deque[float]  # since it was empty: the first to come, then each that left
@@ -65,19 +65,24 @@ class _Line:
                 self.late[_late_rank(live)] = live
         if now - self._urgent_at >= URGENT_EVERY_S:
             self._urgent_at = now
-            self.urgent_until = self._find_urgent(now, bound_s)
+            self._urgent_until = self._find_urgent(now, bound_s)
 
-    def _find_urgent(self, now: float, bound_s: float) -> float:
+    def is_urgent(self, late: LiveRequest) -> bool:
+        """Whether a late request goes before those that are not due yet."""
+        return late.since <= self._urgent_until.get(late.rank[:2], -math.inf)
+
+    def _find_urgent(self, now: float, bound_s: float) -> dict[tuple[int, bool], float]:
         """Late requests become urgent in time to start: after all late ones before them.
 
         Small ones would fill a full group again before a large one fits, so it is urgent
         earlier, by the time in which the group frees its pages.
         """
-        until, rate = -math.inf, self._rate(now)
+        until: dict[tuple[int, bool], float] = {}  # late ones that came by then are urgent
+        rate = self._rate(now)
         bound_s = max(bound_s, len(self) / rate)
         for count, live in enumerate(self.late.values(), 1):
             if live.since + bound_s < now + count / rate + live.drain_s:
-                until = live.since
+                until[live.rank[:2]] = live.since
         return until
 
     def _rate(self, now: float) -> float:
@@ -187,7 +192,7 @@ def _entries(
         priority, fresh, due, arrival = live.rank
         turn, at = TIMELY, due
         if due < now:
-            turn, at = (URGENT if live.since <= line.urgent_until else LATE), live.since
+            turn, at = (URGENT if line.is_urgent(live) else LATE), live.since
         return [((priority, fresh, used, turn, at, arrival), live, line, followers)]
     return []
 

@@ -89,6 +89,17 @@ def test_late_requests_let_those_of_their_own_rank_pass(before: Any) -> None:
     assert names(queue, used, 3.0) == ["higher", "other", "timely", "late"]
 
 
+def test_a_class_of_priority_is_urgent_whatever_waits_in_others() -> None:
+    queue = WaitingQueue(100)
+    former = waiting("former", 0, since=-30.0)
+    queue.put(former)
+    queue.remove(former, 0.0)
+    queue.put(waiting("high", 1, priority=1, since=10.0, due=11.0))
+    queue.put(waiting("low", 2, since=0.0, due=1.0))
+    queue.put(waiting("timely", 3, priority=1, since=50.0, due=99.0))
+    assert names(queue, {"x": 0.0}, 60.0) == ["high", "timely", "low"]
+
+
 class Steady:
     """A queue that one request joins and one leaves every second; each waits for 30 s."""
 
