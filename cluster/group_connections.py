@@ -26,11 +26,12 @@ class ConnectedGroup:
     """A group whose engine is connected.
 
     info: with all that is known of its KV format's divergence
-    started_ns, node, draining: of the engine, see Hello
+    group, started_ns, node, draining: of the engine, see Hello; `name` is another while it leaves
     closed: it takes nothing new
     """
 
     name: str
+    group: str
     connection: Link
     info: EngineInfo
     address: Address
@@ -90,6 +91,10 @@ class GroupConnections:
     def up(self, message: Hello, connection: Link) -> None:
         """The later engine of a group stays: one that hung may return after its replacement."""
         name, now = message.group, self._clock()
+        this = (name, message.started_ns)
+        for group in [x for x in self.all if (x.group, x.started_ns) == this]:
+            self.down(group.connection)  # it connects again before the end of this is known
+            group.connection.close()
         leaves = message.draining or message.node in self.leaving_nodes
         former = self._groups.get(name)
         if former is not None and former.started_ns > message.started_ns:
@@ -97,14 +102,11 @@ class GroupConnections:
                 _replace(name, connection)
                 return
             name, former = name_while_leaving(name, self._groups), None
-        if former is not None and former.started_ns < message.started_ns and self._leaves(former):
+        if former is not None and self._leaves(former):
             self._retire(former)
         elif former is not None:
             self.down(former.connection)
-            if former.started_ns < message.started_ns:
-                _replace(name, former.connection)
-            else:
-                former.connection.close()
+            _replace(name, former.connection)
         logger.info(
             "group %s is up with %d leases", name, len(message.leases), extra=about(group=name)
         )
@@ -113,6 +115,7 @@ class GroupConnections:
         )
         self._groups[name] = ConnectedGroup(
             name,
+            message.group,
             connection,
             info,
             message.address,

@@ -464,6 +464,23 @@ def test_pages_of_the_prefix_cache_attract_requests_until_they_are_dropped() -> 
     assert placed(ingress, "b", 2, prompt=256, page_hashes=prompt).group == "g0"
 
 
+def test_an_engine_that_leaves_may_connect_again_before_its_end_is_known() -> None:
+    routed = Routed("g0")
+    terms = LeaseTerms("1-1", 1, 1, 2, 2)
+    routed.engines["g0"].says(report(draining=True))
+    routed.engine("g0", started_ns=6)
+    assert routed.service.groups.names == {"g0", "g0.leaving"}
+    again = routed.engine("g0", leases=(terms,), draining=True)
+    assert routed.service.groups.names == {"g0", "g0.leaving"}
+    assert routed.engines["g0"].closed
+    routed.engines["g0"].peer.lost()
+    assert routed.service.status().router.leases == 1
+    again.says(AccountNews(AccountUpdate(ended=(LeaseEnd("1-1"),)), NO_PAGES))
+    assert routed.service.status().router.leases == 0
+    again.peer.lost()
+    assert routed.service.groups.names == {"g0"}
+
+
 @pytest.mark.parametrize("leaves", ["draining", "not wanted", "node"])
 def test_who_waits_does_not_go_to_an_engine_that_connects_again_and_leaves(leaves: str) -> None:
     routed = Routed("g0", "g1")
