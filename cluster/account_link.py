@@ -88,6 +88,11 @@ class AccountLink:
             asyncio.create_task(self._report_regularly()),
         ]
 
+    @property
+    def broken(self) -> bool:
+        """Whether it no longer reports, though it has not left."""
+        return any(task.done() and not task.cancelled() for task in self._tasks)
+
     def leave(self) -> None:
         """Disconnect for good, so that requests move to other groups at once."""
         for task in self._tasks:

@@ -76,12 +76,11 @@ class Questions:
             return await self._prompts.decode(request, tenant, status)
 
     async def abort(self, request: pb.AbortRequest, tenant: str) -> pb.AbortResponse:
-        """Abort, by a request id of the caller's own tenant."""
-        with self._call():
-            if not request.request_id:
-                refuse("request_id", "must not be empty")
-            aborted = await self._router.abort(f"{tenant}/{request.request_id}")
-            return pb.AbortResponse(aborted=aborted)
+        """Abort, by a request id of the caller's own tenant; also while the cluster drains."""
+        if not request.request_id:
+            refuse("request_id", "must not be empty")
+        aborted = await self._router.abort(f"{tenant}/{request.request_id}")
+        return pb.AbortResponse(aborted=aborted)
 
     async def estimate_budget(
         self, request: pb.EstimateBudgetRequest, tenant: str

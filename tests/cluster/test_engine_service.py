@@ -220,6 +220,22 @@ async def test_a_drain_ends_when_its_time_is_over(
     running.executor.allow(MANY)
 
 
+async def test_an_engine_that_the_router_no_longer_hears_of_is_unhealthy(running: Running) -> None:
+    running.service.check_health()
+    following, reporting = running.service._account._tasks
+    reporting.cancel()
+    await asyncio.wait([reporting])
+    running.service.check_health()  # it has left
+    running.service._account._tasks = [following, asyncio.create_task(_fails())]
+    await asyncio.wait(running.service._account._tasks[1:])
+    with pytest.raises(EngineLostError):
+        running.service.check_health()
+
+
+async def _fails() -> None:
+    raise ValueError("not known to it")
+
+
 async def test_an_engine_that_has_failed_is_unhealthy_and_counts_as_lost(running: Running) -> None:
     running.service.check_health()
     ingress, far = running.ingress()

@@ -12,7 +12,7 @@ from kvmesh.cluster.errors import DrainingError
 from kvmesh.cluster.telemetry import table
 from kvmesh.v1 import kvmesh_pb2 as pb
 from tests.cluster.machine import PATIENCE_S, TENANT, Machine, machine
-from tests.cluster.test_generation import PROMPT, make_request
+from tests.cluster.test_generation import PROMPT, make_request, read_until, rest_of
 from tests.workers.test_leader import MANY
 
 TEXT = pb.Prompt(token_ids=pb.TokenIds(ids=PROMPT))
@@ -53,6 +53,20 @@ async def test_calls_whose_prompt_is_being_tokenised_are_waited_for(
         assert answering.done() and await answering
         ingress._measure()
         assert built.meters.of(table.OPEN_CALLS) == 0
+
+
+async def test_a_request_can_be_aborted_while_an_ingress_drains() -> None:
+    async with machine() as built:
+        stream = built.stream(make_request(600))
+        built.allow(5)
+        received = await read_until(stream, 3)
+        draining = asyncio.create_task(built.ingress.drain(PATIENCE_S))
+        await built.until(lambda: not built.ingress.ready)
+        abort = pb.AbortRequest(request_id="r")
+        assert (await built.ingress.questions.abort(abort, TENANT)).aborted
+        await built.permit_end()
+        assert (await rest_of(stream, received)).reason() == "abort"
+        await draining
 
 
 def hold_prompts(
