@@ -85,8 +85,10 @@ class EngineService:
         self._account.start(self._find_router, self._identity, self._listener.address, gpus)
 
     def check_health(self) -> None:
-        """Raises EngineLostError when the engine has failed, or the router no longer hears of it, so
-        that it is replaced."""
+        """Raises EngineLostError when the engine has failed, or the router no longer hears of it.
+
+        It is then replaced.
+        """
         if self.leader.failed is not None or self._account.broken:
             raise EngineLostError()
 

@@ -42,6 +42,12 @@ class _Pin:
     exact: Sequence[Digest]
     until_s: float
 
+    def ends_for(self, longer: Sequence[Digest], until_s: float) -> bool:
+        """Whether it holds the beginning of another prompt, and not for longer."""
+        count = len(self.digests)
+        begins = count < len(longer) and longer[count - 1] == self.digests[-1]
+        return begins and self.until_s <= until_s
+
 
 @dataclass(slots=True)
 class _Owned:
@@ -81,26 +87,25 @@ class Pins:
         """
         name = _name(owner, digests[-1])
         owned = self._owners.get(owner, _Owned())
+        shorter = [x for x, pin in owned.pins.items() if pin.ends_for(digests, until_s)]
         if name in owned.pins:
             owned.pins[name] = replace(owned.pins[name], until_s=until_s)
         else:
-            more = PageNeed(
-                sum(digest not in owned.hot for digest in exact),
-                sum(digest not in owned.sealed for digest in digests),
+            others = [pin for x, pin in owned.pins.items() if x not in shorter]
+            wanted = PageNeed(
+                len({*exact}.union(*(pin.exact for pin in others))),
+                len({*digests}.union(*(pin.digests for pin in others))),
             )
-            if not (owned.pages + more).fits(self._bounds.owner):
+            if not wanted.fits(self._bounds.owner):
                 return False
-            if not (self.pages + more).fits(self._bounds.group):
+            if not (self.pages - owned.pages + wanted).fits(self._bounds.group):
                 return False
             self._owners[owner] = owned
             owned.pins[name] = _Pin(digests, exact, until_s)
             self._enter(owned, digests, exact)
         self._expiries.add(name, until_s)
-        for other, pin in list(owned.pins.items()):
-            count = len(pin.digests)
-            begins = count < len(digests) and digests[count - 1] == pin.digests[-1]
-            if begins and pin.until_s <= until_s:
-                self._end(owner, other)
+        for other in shorter:
+            self._end(owner, other)
         return True
 
     def end(self, owner: str, last: Digest) -> None:

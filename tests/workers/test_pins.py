@@ -65,6 +65,18 @@ def test_bounds_hold_for_all_and_for_each_and_nothing_is_taken_from_others() -> 
     assert not hold(make_pins(PinBounds.of(20, 20, 0.0, 1.0)), "a", prompt("x", 1), 1.0)
 
 
+def test_a_longer_prompt_fits_where_the_shorter_one_did() -> None:
+    """What ends with it does not count against it."""
+    for others in ([], ["b"]):
+        pins = make_pins()
+        for other in others:
+            assert hold(pins, other, prompt("y", 2), 10.0, exact=2)
+        assert hold(pins, "a", prompt("x", 3), 10.0, exact=2)
+        assert not hold(pins, "a", prompt("x", 5), 5.0, exact=2), "the shorter one stays"
+        assert hold(pins, "a", prompt("x", 5), 10.0, exact=2)
+        assert pins.pages == PageNeed(2 + 2 * len(others), 5 + 2 * len(others))
+
+
 def test_owners_with_the_same_contents_hold_them_each() -> None:
     pins = make_pins()
     assert hold(pins, "a", prompt("x", 3), 10.0) and hold(pins, "b", prompt("x", 3), 20.0)
