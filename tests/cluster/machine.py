@@ -54,6 +54,7 @@ from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.cluster.telemetry.meters import EngineMeters, IngressMeters, RouterMeters
 from kvmesh.cluster.telemetry.table import Kind, Metric
 from kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.workers import engine_thread
 from kvmesh.workers.errors import InvalidFieldError
 from kvmesh.workers.leader import EngineLeader
 from kvmesh.workers.lease import LeaseTerms
@@ -514,8 +515,11 @@ async def machine(
 ) -> AsyncGenerator[Machine]:
     """A running cluster, which must be at rest in the end. budget: of each engine's memory"""
     built = Machine(groups, config or RouterConfig(), budget, clock)
-    # Nobody here waits until a lost engine counts as up again.
-    with mock.patch.object(link, "CONNECT_TIMEOUT_S", PATIENCE_S):
+    # Nobody here waits until a lost engine counts as up again; all pages are audited each time.
+    with (
+        mock.patch.object(link, "CONNECT_TIMEOUT_S", PATIENCE_S),
+        mock.patch.object(engine_thread, "AUDIT_PERIOD_S", 0.0),
+    ):
         await built.start()
         try:
             yield built

@@ -102,6 +102,27 @@ def test_commands_run_in_order_and_everything_that_ends_is_reported() -> None:
     assert len(steps) == last.steps_total
 
 
+def test_all_pages_are_audited_when_nothing_is_to_do_but_not_each_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    times = iter([0.0, 4.0, 13.9, 14.0, 23.0, 30.0])
+    now = [next(times)]
+    audits: list[float] = []
+    monkeypatch.setattr(engine_thread, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    engine, _ = make_engine()
+    monkeypatch.setattr(engine, "check_integrity", lambda: audits.append(now[0]))
+
+    def then(thread: EngineThread, deltas: list[SequenceDelta], loads: EngineLoads | None) -> None:
+        """A report is made each time that there is nothing to do."""
+        if (later := next(times, None)) is not None:
+            thread.put(lambda _: now.__setitem__(0, later))
+        else:
+            thread._commands.put(None)
+
+    run(lambda: engine, then=then)
+    assert audits == [4.0, 14.0, 30.0]
+
+
 def test_a_new_engine_reports_at_once_and_stopping_ends_what_runs() -> None:
     engine, _ = make_engine()
 

@@ -9,10 +9,12 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 from msgspec import structs
 
+from kvmesh.workers import engine_thread
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.errors import (
     ConfigError,
@@ -62,12 +64,13 @@ class GatedExecutor(MemoryExecutor):
 async def running() -> AsyncIterator[tuple[EngineLeader, GatedExecutor]]:
     executor = GatedExecutor()
     leader = EngineLeader(CONFIG, executor)
-    await leader.start()
-    try:
-        yield leader, executor
-    finally:
-        executor.allow(MANY)
-        await leader.stop()
+    with mock.patch.object(engine_thread, "AUDIT_PERIOD_S", 0.0):
+        await leader.start()
+        try:
+            yield leader, executor
+        finally:
+            executor.allow(MANY)
+            await leader.stop()
 
 
 class Inbox:
