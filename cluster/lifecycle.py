@@ -70,6 +70,7 @@ class Cluster:
         self._router: RouterContact | None = None
         self._router_calls: RouterCalls | None = None
         self._started = False
+        self._deployed = False  # or about to be: until then there is nothing of ours in Serve
         self._hurry = threading.Event()
 
     def __enter__(self) -> Endpoint:
@@ -179,6 +180,7 @@ class Cluster:
         check_nodes(config, nodes)
         self._progress("starting Serve", None)
         local = self._local is not None
+        self._deployed = True
         deployment.submit(serve_config(behind_proxy(config) if local else config))
         for waiting in until_running(config.timeouts.start_s):
             self.check_alive()
@@ -205,7 +207,9 @@ class Cluster:
                 self._router_calls.close()
             with muted():
                 if self._dead_part() is None:
-                    self._stop_serving()
+                    # Without a connection, Serve would make one, maybe to another Ray cluster.
+                    if self._deployed and ray.is_initialized():
+                        self._stop_serving()
                     ray.shutdown()
                     if self._local is not None:
                         self._local.stop()

@@ -109,9 +109,26 @@ def test_nothing_is_left_of_a_cluster_that_is_stopped(
     monkeypatch.setattr(lifecycle, "import_ray", lambda: ray)
     cluster = Cluster(ClusterConfig())
     monkeypatch.setattr(cluster, "_stop_serving", lambda: ended.append("Serve"))
-    cluster._started = True
+    cluster._started = cluster._deployed = True
     cluster._local = FakeLocalRay(dead, ended) if local else None  # type: ignore[assignment]
     cluster.stop()
     assert ended == expected
     cluster.stop()
     assert ended == expected, "once"
+
+
+@pytest.mark.parametrize(("connected", "deployed"), [(False, False), (False, True), (True, False)])
+@pytest.mark.parametrize("local", [True, False])
+def test_a_start_that_fails_early_leaves_other_clusters_alone(
+    monkeypatch: pytest.MonkeyPatch, local: bool, connected: bool, deployed: bool
+) -> None:
+    """Serve connects to any Ray cluster that it finds, and another's may have this name."""
+    ended: list[str] = []
+    ray = SimpleNamespace(is_initialized=lambda: connected, shutdown=lambda: None)
+    monkeypatch.setattr(lifecycle, "import_ray", lambda: ray)
+    cluster = Cluster(ClusterConfig())
+    monkeypatch.setattr(cluster, "_stop_serving", lambda: ended.append("Serve"))
+    cluster._started, cluster._deployed = True, deployed
+    cluster._local = FakeLocalRay(None, ended) if local else None  # type: ignore[assignment]
+    cluster.stop()
+    assert "Serve" not in ended
