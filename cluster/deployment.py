@@ -34,12 +34,15 @@ def submit(config: Mapping[str, Any]) -> None:
 
 
 def withdraw() -> None:
-    """End the application, and wait until its processes have ended."""
-    from ray import serve
+    """End the application, if Serve runs, and wait until its processes have ended."""
+    from ray.serve.context import _get_global_client
 
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return
     # First by the configuration, or Serve would start it again when its controller recovers.
     _apply({}, [])
-    serve.delete(APP_NAME)
+    client.delete_apps([APP_NAME])
 
 
 def _apply(config: Mapping[str, Any], applications: Sequence[Mapping[str, Any]]) -> None:
@@ -62,11 +65,13 @@ def _others(details: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     details: of Serve's state
     """
-    return [
+    others = [
         application["deployed_app_config"]
         for name, application in details["applications"].items()
         if name != APP_NAME and application["source"] == "declarative"
     ]
+    # One that is being deleted has none any more.
+    return [config for config in others if config is not None]
 
 
 def waiting_for() -> str | None:

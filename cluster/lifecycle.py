@@ -205,11 +205,12 @@ class Cluster:
             self._progress("stopping Ray", None)
             if self._router_calls is not None:
                 self._router_calls.close()
+            failure = None
             with muted():
                 if self._dead_part() is None:
                     # Without a connection, Serve would make one, maybe to another Ray cluster.
                     if self._deployed and ray.is_initialized():
-                        self._stop_serving()
+                        failure = self._stop_serving()
                     ray.shutdown()
                     if self._local is not None:
                         self._local.stop()
@@ -217,16 +218,27 @@ class Cluster:
                     self._local.end()
                 # Not before the others are gone: it waits for a dead part.
                 ray.shutdown()
+            if failure is not None:
+                logger.error(
+                    "the Ray cluster at %s may still run the application, which could not be "
+                    "withdrawn: %s",
+                    self._config.ray.address,
+                    " ".join(str(failure).split()) or type(failure).__name__,
+                )
 
-    def _stop_serving(self) -> None:
-        """Errors do not matter, because the processes are ended anyway."""
-        from ray import serve
+    def _stop_serving(self) -> Exception | None:
+        """Why the application may still run in a Ray cluster that was joined."""
+        if self._config.ray.address is None:
+            from ray import serve
 
-        with contextlib.suppress(Exception):
-            if self._config.ray.address is None:
+            with contextlib.suppress(Exception):  # the processes are ended anyway
                 serve.shutdown()
-            else:
-                deployment.withdraw()
+            return None
+        try:
+            deployment.withdraw()
+        except Exception as error:
+            return error
+        return None
 
     def _wait_for_requests(self) -> None:
         if self._router_calls is None:

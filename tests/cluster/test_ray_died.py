@@ -12,11 +12,11 @@ import psutil
 import pytest
 import typer
 
-from kvmesh.cluster import lifecycle
+from kvmesh.cluster import deployment, lifecycle
 from kvmesh.cluster import local_ray as local_ray_module
 from kvmesh.cluster.cli.exits import ExitCode, friendly_errors
 from kvmesh.cluster.cli.signals import hold_signals
-from kvmesh.cluster.config import ClusterConfig
+from kvmesh.cluster.config import ClusterConfig, build
 from kvmesh.cluster.errors import RayDiedError, StartError
 from kvmesh.cluster.lifecycle import Cluster
 from kvmesh.cluster.local_ray import LocalRay
@@ -132,3 +132,35 @@ def test_a_start_that_fails_early_leaves_other_clusters_alone(
     cluster._local = FakeLocalRay(None, ended) if local else None  # type: ignore[assignment]
     cluster.stop()
     assert "Serve" not in ended
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (None, []),
+        (
+            ValueError("1 validation error\n  for Serve"),
+            ["at auto", "1 validation error for Serve"],
+        ),
+        (TimeoutError(), ["at auto", "TimeoutError"]),
+    ],
+)
+def test_an_application_that_could_not_be_withdrawn_is_reported(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception | None,
+    said: list[str],
+) -> None:
+    def withdraw() -> None:
+        if error is not None:
+            raise error
+
+    ray = SimpleNamespace(is_initialized=lambda: True, shutdown=lambda: None)
+    monkeypatch.setattr(lifecycle, "import_ray", lambda: ray)
+    monkeypatch.setattr(deployment, "withdraw", withdraw)
+    cluster = Cluster(build({"ray": {"address": "auto"}}))
+    cluster._started = cluster._deployed = True
+    cluster.stop()
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == bool(error)
+    assert all(words in lines[0] for words in said)

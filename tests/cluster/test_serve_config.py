@@ -167,6 +167,7 @@ def test_other_applications_stay() -> None:
             "kvmesh": deployed("declarative"),
             "theirs": deployed("declarative"),
             "by hand": deployed("imperative"),
+            "being deleted": {"source": "declarative", "deployed_app_config": None},
         }
     }
     assert _others(details) == [{"import_path": "declarative:app"}]
