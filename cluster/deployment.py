@@ -10,6 +10,50 @@ from kvmesh.cluster.errors import StartError
 from kvmesh.cluster.serve_config import APP_NAME
 
 
+def check_running(config: Mapping[str, Any]) -> None:
+    """Raises StartError if Serve runs already, with other options: it ignores any that are given.
+
+    config: a `serve_config`
+    """
+    from ray.exceptions import RayError
+    from ray.serve.config import gRPCOptions
+    from ray.serve.context import _get_global_client
+
+    try:
+        client = _get_global_client(raise_if_no_controller_running=False)
+        if client is None:
+            return
+        # Without those that are as by default.
+        grpc = gRPCOptions(**client.get_serve_details()["grpc_options"])
+    except (RayError, RuntimeError) as error:
+        raise StartError(f"Serve does not answer: {_last_error(str(error))}") from error
+    if different := _differences(config, client.http_config, grpc):
+        raise StartError(
+            f"Serve runs in this Ray cluster already, and {'; '.join(different)}: set what it has, "
+            "or end it and all that it runs with `serve shutdown`"
+        )
+
+
+def _differences(config: Mapping[str, Any], http: Any, grpc: Any) -> list[str]:
+    """What the application needs and a Serve with these options does not have, in words.
+
+    http, grpc: HTTPOptions and gRPCOptions of Ray Serve
+    """
+    wanted_http, wanted_grpc = config["http_options"], config["grpc_options"]
+    pairs = [
+        ("ingress.host", http.host, wanted_http["host"]),
+        ("ingress.http_port", http.port, wanted_http["port"]),
+        ("ingress.port", grpc.port, wanted_grpc["port"]),
+    ]
+    different = [f"its {name} is {has}, not {wants}" for name, has, wants in pairs if has != wants]
+    # It may have those of others as well.
+    if not set(wanted_grpc["grpc_servicer_functions"]) <= set(grpc.grpc_servicer_functions):
+        different.append("it does not serve kvmesh's gRPC calls")
+    elif grpc.enable_reflection and not wanted_grpc["enable_reflection"]:
+        different.append("its gRPC reflection answers callers without a key")
+    return different
+
+
 def submit(config: Mapping[str, Any]) -> None:
     """Start Serve unless it runs already, and have it run the application.
 

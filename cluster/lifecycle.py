@@ -180,8 +180,11 @@ class Cluster:
         check_nodes(config, nodes)
         self._progress("starting Serve", None)
         local = self._local is not None
+        serve = serve_config(behind_proxy(config) if local else config)
+        if not local:
+            deployment.check_running(serve)
         self._deployed = True
-        deployment.submit(serve_config(behind_proxy(config) if local else config))
+        deployment.submit(serve)
         for waiting in until_running(config.timeouts.start_s):
             self.check_alive()
             self._progress(f"loading the model, {waiting}", None)

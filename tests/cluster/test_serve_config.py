@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +15,10 @@ from kvmesh.cluster.cli.commands import app as command_line
 from kvmesh.cluster.config import AuthSection, ClusterConfig, build
 from kvmesh.cluster.config_sources import load
 from kvmesh.cluster.config_text import block_yaml, changed
-from kvmesh.cluster.deployment import _others
+from kvmesh.cluster.deployment import _others, check_running
+from kvmesh.cluster.errors import StartError
 from kvmesh.cluster.lifecycle import Cluster
-from kvmesh.cluster.serve_config import anywhere, behind_proxy, for_nodes, serve_config
+from kvmesh.cluster.serve_config import SERVICER, anywhere, behind_proxy, for_nodes, serve_config
 from kvmesh.workers.errors import ConfigError, ConfigErrors
 from tests.model.small import make_small_model
 
@@ -171,6 +173,51 @@ def test_other_applications_stay() -> None:
         }
     }
     assert _others(details) == [{"import_path": "declarative:app"}]
+
+
+def serve_that_runs(
+    monkeypatch: pytest.MonkeyPatch, http: dict[str, Any], grpc: dict[str, Any]
+) -> dict[str, Any]:
+    """What a start without settings wants, where Serve has it but for these options."""
+    from ray.serve import context
+    from ray.serve.config import HTTPOptions
+
+    wanted = serve_config(for_nodes(build({"auth": KEYS})))
+    client = SimpleNamespace(
+        http_config=HTTPOptions(**wanted["http_options"] | http),
+        get_serve_details=lambda: {"grpc_options": wanted["grpc_options"] | grpc},
+    )
+    monkeypatch.setattr(context, "_get_global_client", lambda **_: client)
+    return wanted
+
+
+@pytest.mark.parametrize(
+    ("http", "grpc", "said"),
+    [
+        ({"port": 8001}, {}, ["its ingress.http_port is 8001, not 8000"]),
+        (
+            {"host": "127.0.0.1"},
+            {"port": 9001},
+            ["its ingress.host is 127.0.0.1, not 0.0.0.0", "its ingress.port is 9001, not 9000"],
+        ),
+        ({}, {"grpc_servicer_functions": []}, ["it does not serve kvmesh's gRPC calls"]),
+        ({}, {"enable_reflection": True}, ["its gRPC reflection answers callers without a key"]),
+    ],
+)
+def test_a_serve_that_runs_with_other_options_is_refused(
+    monkeypatch: pytest.MonkeyPatch, http: dict[str, Any], grpc: dict[str, Any], said: list[str]
+) -> None:
+    wanted = serve_that_runs(monkeypatch, http, grpc)
+    with pytest.raises(StartError) as caught:
+        check_running(wanted)
+    assert f"already, and {'; '.join(said)}: set what it has" in str(caught.value)
+
+
+def test_a_serve_that_has_what_is_needed_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = {"grpc_servicer_functions": ["theirs.add_to_server", SERVICER]}
+    check_running(serve_that_runs(monkeypatch, {"request_timeout_s": 9}, both))
+    monkeypatch.setattr("ray.serve.context._get_global_client", lambda **_: None)
+    check_running(serve_config(for_nodes(build({"auth": KEYS}))))
 
 
 def test_the_command_prints_it() -> None:
