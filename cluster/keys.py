@@ -17,7 +17,13 @@ from pathlib import Path
 from kvmesh.client.credentials import checked_key, key_path, read_key_file
 from kvmesh.client.errors import CredentialsError
 from kvmesh.cluster.config import LOCAL_TENANT, AuthSection, TenantKey
-from kvmesh.cluster.ingress.authenticate import Authenticator, Caller, KnownKey, hash_key
+from kvmesh.cluster.ingress.authenticate import (
+    ANONYMOUS,
+    Authenticator,
+    Caller,
+    KnownKey,
+    hash_key,
+)
 from kvmesh.workers.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -47,12 +53,13 @@ def known_keys(auth: AuthSection) -> list[KnownKey] | None:
 def metered_tenants(auth: AuthSection, count: int) -> tuple[str, ...]:
     """The tenants that metrics name: the first `count` that have keys now.
 
+    Where no key is needed, all calls are of one tenant.
     Raises the errors of `known_keys`, unless `count` is 0.
     """
     if count == 0:
         return ()
     keys = known_keys(auth)
-    names = [LOCAL_TENANT] if keys is None else [key.caller.tenant for key in keys]
+    names = [ANONYMOUS.tenant] if keys is None else [key.caller.tenant for key in keys]
     return tuple(dict.fromkeys(names))[:count]
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from kvmesh.cluster import router_service
 from kvmesh.cluster.config import build
-from kvmesh.cluster.keys import metered_tenants
+from kvmesh.cluster.ingress.authenticate import Authenticator
+from kvmesh.cluster.keys import known_keys, metered_tenants
 from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.errors import QuotaExceededError
 from kvmesh.cluster.routing.fairness import TenantPolicy
@@ -141,7 +142,9 @@ def test_the_number_of_tenants_is_bounded(tmp_path: Path) -> None:
     both = build({"auth": {"keys": keys, "key_directory": str(tmp_path)}}).auth
     assert metered_tenants(both, 4) == ("a", "b", "c", "d")
     assert metered_tenants(both, 9)[-1] == "e"
-    assert metered_tenants(build({"auth": {"mode": "none"}}).auth, 9) == ("local",)
+    nobodys = build({"auth": {"mode": "none"}}).auth
+    caller = Authenticator(known_keys(nobodys)).authenticate([])
+    assert metered_tenants(nobodys, 9) == (caller.tenant,)
 
 
 async def generate(built: Machine, max_tokens: int, request_id: str = "") -> pb.Usage:
