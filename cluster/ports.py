@@ -85,8 +85,10 @@ def take_ports(host: str, chosen: dict[str, int]) -> PortBlock:
 
     host: address that the chosen ports are for
     chosen: ports by the settings that they come from
-    Raises ConfigError for a chosen port that is in use, and if every block is taken.
+    Raises ConfigError for a host that is not one of this machine's, for a chosen port that is in
+    use or may not be bound, and if every block is taken.
     """
+    _check_host(host)
     with contextlib.ExitStack() as stack:
         locks = []
         for setting, port in chosen.items():
@@ -94,8 +96,16 @@ def take_ports(host: str, chosen: dict[str, int]) -> PortBlock:
             if lock is not None:
                 stack.callback(lock.release)
                 locks.append(lock)
-            # Also by a cluster in whose block it is: that one may bind it later.
-            if lock is None or _held(_name_of_block(port)) or _in_use(host, port):
+            try:
+                # Also by a cluster in whose block it is: that one may bind it later.
+                in_use = lock is None or _held(_name_of_block(port)) or _in_use(host, port)
+            except OSError as error:  # such as a port below 1024, for other users than root
+                raise ConfigError(
+                    setting,
+                    f"cannot listen on {port}: {error.strerror}; choose another, or 0 for any "
+                    "free one",
+                ) from None
+            if in_use:
                 raise ConfigError(
                     setting, f"{port} is in use; choose another, or 0 for any free one"
                 )
@@ -148,13 +158,32 @@ def _held(name: str) -> bool:
     return True
 
 
+def _check_host(host: str) -> None:
+    """Raises ConfigError if this machine cannot listen there on any port."""
+    with socket.socket() as probe:
+        try:
+            probe.bind((host, 0))
+        except (OSError, UnicodeError) as error:  # the latter of a name that cannot be one
+            reason = error.strerror if isinstance(error, OSError) else "it is not a valid name"
+            raise ConfigError(
+                "ingress.host",
+                f"cannot listen at {host}: {reason}; expected an address or a name of this "
+                "machine, or 0.0.0.0 for all its interfaces",
+            ) from None
+
+
 def _in_use(host: str, port: int) -> bool:
-    """Whether a server listens there, or a socket is bound to it."""
+    """Whether a server listens there, or a socket is bound to it.
+
+    Raises OSError if it cannot be bound for another reason.
+    """
     with socket.socket() as probe:
         # Connections of a former server that wait for their end do not matter.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError:
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
             return True
     return False

@@ -46,6 +46,7 @@ def _announce(endpoint: Endpoint, config: ClusterConfig, groups: Sequence[GroupF
 
     groups: none if this process has no key to ask with
     """
+    from kvmesh.client.credentials import resolve_target
     from kvmesh.cluster.keys import local_key_file
 
     out.print(f"[bold green]ready[/bold green] at {endpoint.target}")
@@ -61,8 +62,9 @@ def _announce(endpoint: Endpoint, config: ClusterConfig, groups: Sequence[GroupF
         rows.append(("key", str(local_key_file(config.auth, os.environ))))
     rows += [(group.group, _in_short(group)) for group in groups]
     rows += [("layout", groups[0].layout_reason)] if groups and groups[0].layout_reason else []
-    local = endpoint.target.endswith(":9000")
-    target = "" if local else f" --target {endpoint.target}"
+    default = resolve_target(None, os.environ).replace("localhost", "127.0.0.1")
+    is_default = endpoint.target.replace("localhost", "127.0.0.1") == default
+    target = "" if is_default else f" --target {endpoint.target}"
     rows += [
         ("try", f'kvmesh generate{target} "Once upon a time"'),
         ("", f"kvmesh chat{target}"),

@@ -63,6 +63,28 @@ def test_what_does_not_apply_is_left_out(capsys: pytest.CaptureFixture[str]) -> 
     assert "anyone who can reach this port" in err
 
 
+@pytest.mark.parametrize(
+    ("target", "variable", "is_default"),
+    [
+        ("127.0.0.1:9000", "", True),
+        ("localhost:9000", "", True),
+        ("10.0.0.5:9000", "", False),
+        ("10.0.0.5:9000", "10.0.0.5:9000", True),
+        ("127.0.0.1:9000", "10.0.0.5:9000", False),
+    ],
+)
+def test_the_commands_to_try_reach_this_server(
+    target: str,
+    variable: str,
+    is_default: bool,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("KVMESH_TARGET", variable)
+    _, err = announced(replace(ENDPOINT, target=target), build({}), capsys)
+    assert (f"kvmesh chat --target {target}\n" not in err) == is_default
+
+
 def test_the_demo_describes_the_groups_that_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

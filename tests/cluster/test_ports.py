@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -146,6 +148,30 @@ def test_ports_that_could_not_be_taken_together_are_free_again(
             take_ports("127.0.0.1", {"ingress.port": free, "metrics.port": taken})
     assert too_many.value.field == "ingress.port"
     take_ports("127.0.0.1", {"ingress.port": free, "metrics.port": taken}).release()
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "a..b"])
+@pytest.mark.parametrize("chosen", [{}, {"ingress.port": FIRST_PORT}])
+def test_a_host_of_another_machine_is_refused_as_such(host: str, chosen: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=f"cannot listen at {host}: .* name") as caught:
+        take_ports(host, chosen)
+    assert caught.value.field == "ingress.host"
+
+
+class Unprivileged(socket.socket):
+    """Of a user who may not bind ports below 1024."""
+
+    def bind(self, address: Any) -> None:
+        if self.family == socket.AF_INET and 0 < address[1] < 1024:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        super().bind(address)
+
+
+def test_a_privileged_port_is_refused_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "socket", Unprivileged)
+    with pytest.raises(ConfigError, match="cannot listen on 443: Permission denied") as caught:
+        take_ports("127.0.0.1", {"ingress.http_port": 443})
+    assert caught.value.field == "ingress.http_port"
 
 
 def test_too_many_clusters_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
