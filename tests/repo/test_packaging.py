@@ -288,3 +288,21 @@ def test_every_dependency_is_pinned() -> None:
     for line in wanted:
         name = line.split(";")[0].split("[")[0].split(">")[0].strip()
         assert name in pins or name == project["name"], f"constraints.txt does not pin {name}"
+
+
+def test_the_image_has_what_serving_and_tracing_need() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+
+    def expanded(lines: list[str]) -> Iterable[str]:
+        """The requirements, with those of an extra of kvmesh itself in place of its name."""
+        for line in lines:
+            own = re.fullmatch(rf"{project['name']}\[(\w+)\]", line)
+            yield from expanded(extras[own[1]]) if own else (line,)
+
+    file = (ROOT / "docker/Dockerfile").read_text().replace("\\\n", "")
+    script = re.search(r"python -c '([^']+)' > requirements.txt", file)
+    assert script is not None
+    printed = run(sys.executable, "-c", script[1], cwd=ROOT).splitlines()
+    wanted = expanded([*project["dependencies"], *extras["serve"], *extras["traces"]])
+    assert sorted(printed) == sorted(wanted)
