@@ -347,6 +347,20 @@ def test_keys_are_files_in_workers_and_nowhere_else() -> None:
     assert "mine" in texts_in(cluster_of(existing)["workerGroupSpecs"])
 
 
+@pytest.mark.parametrize("admin", [False, True])
+@pytest.mark.parametrize("entry", ["a", "a.admin"])
+def test_a_generated_key_is_kept_when_its_rights_change(entry: str, admin: bool) -> None:
+    """Rendering asks no cluster, so the Secret's template is given what a cluster would have."""
+    values = {"a": {"value": "", "admin": admin}, "b": {"value": "set"}, "gone": None}
+    kept = {entry: "dGhlIGtleQ==", "b": "b2xk", "gone": "b2xk"}
+    arguments = f'(dict "keys" (fromJson `{json.dumps(values)}`)'
+    arguments += f' "kept" (fromJson `{json.dumps(kept)}`))'
+    entries = f'{{{{ include "kvmesh.keyEntries" {arguments} | nindent 2 }}}}'
+    secret = f"apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: made}}\ndata: {entries}\n"
+    made = only(render({"extraObjects": [secret]}), "ConfigMap")["data"]
+    assert made == {"a.admin" if admin else "a": "dGhlIGtleQ==", "b": "c2V0"}
+
+
 def test_without_authentication_there_are_no_keys() -> None:
     objects = render({"config": {"auth": {"mode": "none"}}})
     assert not [found for found in objects if found["kind"] == "Secret"]

@@ -89,6 +89,23 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- .Values.auth.existingSecret | default (printf "%s-keys" (include "kvmesh.fullname" .)) -}}
 {{- end -}}
 
+{{/*
+Entries of the Secret of keys, as YAML; takes {keys, kept}, where kept is what the Secret has. A
+tenant keeps its key when `admin` changes, and with it the entry's name.
+*/}}
+{{- define "kvmesh.keyEntries" -}}
+{{- $entries := dict -}}
+{{- range $tenant, $key := .keys -}}
+{{- if not (kindIs "invalid" $key) -}}
+{{- $admin := printf "%s.admin" $tenant -}}
+{{- $value := get $.kept $tenant | default (get $.kept $admin) | default (randAlphaNum 48 | b64enc) -}}
+{{- if $key.value -}}{{- $value = $key.value | b64enc -}}{{- end -}}
+{{- $_ := set $entries (ternary $admin $tenant ($key.admin | default false)) $value -}}
+{{- end -}}
+{{- end -}}
+{{- toYaml $entries -}}
+{{- end -}}
+
 {{- define "kvmesh.hubSecret" -}}
 {{- if .Values.model.hub.existingSecret -}}
 {{- .Values.model.hub.existingSecret -}}
