@@ -405,6 +405,36 @@ def test_each_protocol_has_ways_in_of_its_own() -> None:
     assert ports == {"r-kvmesh": "serve-grpc", "r-kvmesh-http": "serve"}
 
 
+NGINX = "nginx.ingress.kubernetes.io/"
+
+
+def annotations_of(objects: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
+    """Of each Ingress, by its name."""
+    found = [x["metadata"] for x in objects if x["kind"] == "Ingress"]
+    return {metadata["name"]: metadata["annotations"] for metadata in found}
+
+
+def test_an_ingress_lets_through_the_longest_prompts_and_replies() -> None:
+    http = {"enabled": True, "host": "h.example", "tlsSecret": "t"}
+    objects = render({"httpIngress": http}, CHART / "ci/eight-gpus-1m-values.yaml")
+    config = build(serve_config_of(objects)["applications"][0]["args"])
+    assert config.ingress.max_request_bytes == 32 << 20
+    found = annotations_of(objects)
+    assert found.keys() == {"r-kvmesh", "r-kvmesh-http"}
+    for given in found.values():
+        assert int(given[f"{NGINX}proxy-body-size"]) > config.ingress.max_request_bytes
+        assert given[f"{NGINX}proxy-read-timeout"] == "3600"
+
+
+def test_an_ingress_has_the_users_annotations_first() -> None:
+    mine = {f"{NGINX}proxy-body-size": "1g", f"{NGINX}proxy-read-timeout": "60", "mine": "x"}
+    ingress = {"enabled": True, "host": "a.example", "tlsSecret": "t", "annotations": mine}
+    found = annotations_of(render({"ingress": ingress, "httpIngress": ingress}))
+    assert len(found) == 2
+    for given in found.values():
+        assert mine.items() <= given.items()
+
+
 def test_workers_may_be_scaled_by_ray() -> None:
     sizes = {"replicas": 2, "minReplicas": 0, "maxReplicas": 5}
 

@@ -39,6 +39,13 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- $ingress.http_port | default (include "kvmesh.generated" . | fromYaml).httpPort | int64 -}}
 {{- end -}}
 
+{{/* What a proxy must let through: a request that is a little too large is refused by kvmesh. */}}
+{{- define "kvmesh.messageBytes" -}}
+{{- $ingress := .Values.config.ingress | default dict -}}
+{{- $generated := include "kvmesh.generated" . | fromYaml -}}
+{{- add ($ingress.max_request_bytes | default $generated.maxRequestBytes | int64) (int64 $generated.marginBytes) -}}
+{{- end -}}
+
 {{- define "kvmesh.drainSeconds" -}}
 {{- $timeouts := .Values.config.timeouts | default dict -}}
 {{- $timeouts.drain_s | default (include "kvmesh.generated" . | fromYaml).drainSeconds | ceil | int64 -}}

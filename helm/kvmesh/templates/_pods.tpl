@@ -1,15 +1,13 @@
 {{/* Variables of every pod: Serve reads them on every node before it starts. */}}
 {{- define "kvmesh.env" -}}
 {{- $generated := include "kvmesh.generated" . | fromYaml -}}
-{{- $ingress := .Values.config.ingress | default dict -}}
-{{- $bytes := add ($ingress.max_request_bytes | default $generated.maxRequestBytes | int64) (int64 $generated.marginBytes) -}}
 {{- range $name, $value := $generated.variables }}
 - name: {{ $name }}
   value: {{ $value | quote }}
 {{- end }}
 {{- range $generated.sizeVariables }}
 - name: {{ . }}
-  value: {{ $bytes | quote }}
+  value: {{ include "kvmesh.messageBytes" $ | quote }}
 {{- end }}
 - name: {{ $generated.drainVariable }}
   value: {{ add (include "kvmesh.drainSeconds" . | int64) (int64 $generated.nodeDrainMarginSeconds) | quote }}
