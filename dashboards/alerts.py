@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dashboards.queries import CLUSTER_LABEL
+from dashboards.queries import NAME_LABEL, RELEASE_LABELS
 from kvmesh.cluster.telemetry import table
 from kvmesh.cluster.telemetry.table import Metric
 
 QUEUE_OBJECTIVE_S = 60
 FULL_SHARE = 0.95
 HUNG_STEP_S = 60
+# How long a release is missed that is gone, by fault or for good.
+VANISHED_FOR = "1h"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,39 +28,50 @@ class Alert:
     action: str
 
 
-def _in_clusters(agg: str, metric: Metric, *labels: str) -> str:
-    return f"{agg} by ({', '.join((CLUSTER_LABEL, *labels))}) ({metric.exported})"
+_RELEASE = ", ".join(RELEASE_LABELS)
+
+
+def _in_releases(agg: str, metric: Metric, *labels: str) -> str:
+    return f"{agg} by ({', '.join((_RELEASE, *labels))}) ({metric.exported})"
+
+
+def _vanished(metric: Metric) -> str:
+    """Releases that had the metric and have it no longer; absent() sees only the last one go."""
+    before = f'present_over_time({metric.exported}{{{NAME_LABEL}!=""}}[{VANISHED_FOR}])'
+    return f"(max by ({_RELEASE}) ({before}) unless {_in_releases('max', metric)})"
 
 
 def _grew(metric: Metric, matcher: str, window: str, by: str) -> str:
     """More than before, or there for the first time, which increase() does not see."""
     series = f"{metric.exported}{matcher}"
-    labels = f"({CLUSTER_LABEL}, {by})" if by else f"({CLUSTER_LABEL})"
+    labels = f"({_RELEASE}, {by})" if by else f"({_RELEASE})"
     return (
         f"(sum by {labels} (increase({series}[{window}])) > 0)"
         f" or (sum by {labels} ({series} unless {series} offset {window}) > 0)"
     )
 
 
-_LEDGER = _in_clusters("sum", table.LEDGER, "group")
-_LEASED = f'sum by ({CLUSTER_LABEL}, group) ({table.LEDGER.exported}{{state="leased"}})'
-_QUEUE_BUCKETS = f"sum by ({CLUSTER_LABEL}, le) (rate({table.REQUEST_QUEUE.exported}_bucket[10m]))"
+_LEDGER = _in_releases("sum", table.LEDGER, "group")
+_LEASED = f'sum by ({_RELEASE}, group) ({table.LEDGER.exported}{{state="leased"}})'
+_QUEUE_BUCKETS = f"sum by ({_RELEASE}, le) (rate({table.REQUEST_QUEUE.exported}_bucket[10m]))"
 _KEYS = f'{table.REQUESTS.exported}{{outcome=~"wrong_key|missing_key"}}'
 
 ALERTS = (
     Alert(
         "KvmeshNoGroupUp",
-        f"({_in_clusters('max', table.GROUP_UP)} == 0) or absent({table.GROUP_UP.exported})",
+        f"({_in_releases('max', table.GROUP_UP)} == 0)"
+        f" or {_vanished(table.GROUP_UP)} or absent({table.GROUP_UP.exported})",
         "1m",
         "critical",
         "No group of kvmesh is up: no request can be served.",
         "Look at the engines in Serve's status (`serve status`, or Ray's dashboard): why do they "
-        "not start? Without any series, the metrics are not scraped or the router is down.",
+        "not start? Without any series, the metrics are not scraped or the router is down; a "
+        f"release that was removed on purpose is missed for {VANISHED_FOR}.",
     ),
     Alert(
         "KvmeshGroupDown",
-        f"{_in_clusters('max', table.GROUP_UP, 'group')}"
-        f" < {_in_clusters('max', table.GROUP_WANTED, 'group')}",
+        f"{_in_releases('max', table.GROUP_UP, 'group')}"
+        f" < {_in_releases('max', table.GROUP_WANTED, 'group')}",
         "10m",
         "warning",
         "Group {{ $labels.group }} has been down for 10 minutes.",
@@ -68,7 +81,7 @@ ALERTS = (
     ),
     Alert(
         "KvmeshQueueWaitHigh",
-        f"({_in_clusters('max', table.OLDEST_WAIT)} > {QUEUE_OBJECTIVE_S})"
+        f"({_in_releases('max', table.OLDEST_WAIT)} > {QUEUE_OBJECTIVE_S})"
         f" or (histogram_quantile(0.95, {_QUEUE_BUCKETS}) > {QUEUE_OBJECTIVE_S})",
         "5m",
         "warning",
@@ -95,7 +108,7 @@ ALERTS = (
     ),
     Alert(
         "KvmeshKeysStale",
-        f"{_in_clusters('min', table.KEYS_CURRENT)} == 0",
+        f"{_in_releases('min', table.KEYS_CURRENT)} == 0",
         "5m",
         "warning",
         "An ingress cannot read the API keys again and uses those from before.",
@@ -113,7 +126,7 @@ ALERTS = (
     ),
     Alert(
         "KvmeshStepHangs",
-        f"{_in_clusters('max', table.STEP_AGE, 'group')} > {HUNG_STEP_S}",
+        f"{_in_releases('max', table.STEP_AGE, 'group')} > {HUNG_STEP_S}",
         "0m",
         "critical",
         "A step of group {{ $labels.group }} has taken {{ $value | humanizeDuration }} so far.",
@@ -122,7 +135,7 @@ ALERTS = (
     ),
     Alert(
         "KvmeshRouterUnreachable",
-        f"{_in_clusters('max', table.ROUTER_CONNECTED, 'process')} == 0",
+        f"{_in_releases('min', table.ROUTER_CONNECTED, 'process')} == 0",
         "2m",
         "critical",
         "{{ $labels.process }} cannot reach the router.",
@@ -131,8 +144,8 @@ ALERTS = (
     ),
     Alert(
         "KvmeshKeysRefused",
-        f"sum by ({CLUSTER_LABEL}) (rate({_KEYS}[10m]))"
-        f" > 0.5 * sum by ({CLUSTER_LABEL}) (rate({table.REQUESTS.exported}[10m]))",
+        f"sum by ({_RELEASE}) (rate({_KEYS}[10m]))"
+        f" > 0.5 * sum by ({_RELEASE}) (rate({table.REQUESTS.exported}[10m]))",
         "10m",
         "warning",
         "More than half of all calls have no valid key.",

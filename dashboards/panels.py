@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dashboards.queries import Query, quantiles, rate, ratio, total, value
+from dashboards.queries import Query, count, quantiles, rate, ratio, total, value
 from kvmesh.cluster.telemetry import table
 from kvmesh.cluster.telemetry.table import Metric
 
@@ -74,7 +74,7 @@ LEDGER_SHARE = Panel(
 QUEUE = Panel(
     "Waiting for room",
     "short",
-    (value(table.QUEUE_REQUESTS, agg="max", legend="requests"),),
+    (count(table.QUEUE_REQUESTS, legend="requests"),),
     table.QUEUE_REQUESTS.help,
 )
 OLDEST = Panel(
@@ -94,8 +94,8 @@ FLEET = Dashboard(
                 "Groups up",
                 "short",
                 (
-                    value(table.GROUP_UP, agg="max", by="group", outer="sum", legend="up"),
-                    value(table.GROUP_WANTED, agg="max", by="group", outer="sum", legend="wanted"),
+                    count(table.GROUP_UP, of="group", legend="up"),
+                    count(table.GROUP_WANTED, of="group", legend="wanted"),
                 ),
                 "And how many the autoscaler wants, or are configured without it",
                 kind="stat",
@@ -327,7 +327,7 @@ ROUTER = Dashboard(
             Panel(
                 "Leases",
                 "short",
-                (value(table.LEASES, agg="max", legend="leases"),),
+                (count(table.LEASES, legend="leases"),),
                 table.LEASES.help,
             ),
             Panel(
@@ -370,8 +370,8 @@ ROUTER = Dashboard(
                 "Groups up and wanted",
                 "short",
                 (
-                    value(table.GROUP_UP, agg="max", by="group", outer="sum", legend="up"),
-                    value(table.GROUP_WANTED, agg="max", by="group", outer="sum", legend="wanted"),
+                    count(table.GROUP_UP, of="group", legend="up"),
+                    count(table.GROUP_WANTED, of="group", legend="wanted"),
                 ),
                 table.GROUP_WANTED.help
                 + ". A group that starts is wanted and not yet up; one that "
@@ -414,14 +414,14 @@ TENANTS = Dashboard(
             Panel(
                 "KV memory leased",
                 "bytes",
-                (value(table.TENANT_BYTES, agg="max", by="tenant"),),
+                (count(table.TENANT_BYTES, by="tenant"),),
                 table.TENANT_BYTES.help,
                 stacked=True,
             ),
             Panel(
                 "Waiting and running",
                 "short",
-                (value(table.TENANT_LIVE, agg="max", by="tenant, state"),),
+                (count(table.TENANT_LIVE, by="tenant, state"),),
                 table.TENANT_LIVE.help,
             ),
         ),

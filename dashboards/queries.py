@@ -8,6 +8,9 @@ from kvmesh.cluster.telemetry.table import Kind, Metric
 
 # KubeRay's label; without Kubernetes there is none, which `.*` matches as well.
 CLUSTER_LABEL = "ray_io_cluster"
+# A release of the chart, which outlives its clusters: an upgrade makes a second one.
+NAME_LABEL = "kvmesh_io_name"
+RELEASE_LABELS = ("namespace", NAME_LABEL)
 CHOOSABLE = ("group", "tenant")
 RATE_INTERVAL = "$__rate_interval"
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
@@ -36,14 +39,22 @@ def value(
     *,
     agg: str = "sum",
     by: str = "",
-    outer: str = "",
     legend: str = "",
     **labels: str,
 ) -> Query:
-    """A gauge. by: labels to tell apart; outer: aggregates those again"""
+    """A gauge. by: labels to tell apart"""
     assert metric.kind is Kind.GAUGE, metric.name
     expr = f"{agg}{_by(by)} ({selector(metric, metric.exported, **labels)})"
-    return Query(f"{outer} ({expr})" if outer else expr, legend or _legend(by))
+    return Query(expr, legend or _legend(by))
+
+
+def count(metric: Metric, *, by: str = "", of: str = "", legend: str = "") -> Query:
+    """A gauge of the router, added up over clusters: each has one router, but may export two while
+    it is replaced. by: labels to tell apart; of: further ones, to add up as well"""
+    assert metric.kind is Kind.GAUGE, metric.name
+    kept = ", ".join(label for label in (CLUSTER_LABEL, by, of) if label)
+    expr = f"max{_by(kept)} ({selector(metric, metric.exported)})"
+    return Query(f"sum{_by(by)} ({expr})", legend or _legend(by))
 
 
 def rate(

@@ -14,7 +14,7 @@ from dashboards.__main__ import ROOT, made
 from dashboards.alerts import ALERTS, rules
 from dashboards.grafana import SCHEMA_VERSION, to_json
 from dashboards.panels import DASHBOARDS, Dashboard
-from dashboards.queries import CLUSTER_LABEL, selector
+from dashboards.queries import CLUSTER_LABEL, RELEASE_LABELS, selector
 from kvmesh.cluster.telemetry import table
 from kvmesh.cluster.telemetry.table import METRICS, RAY_LABELS, Metric
 from tests.dashboards.promql import groupings, parse, selectors
@@ -26,12 +26,19 @@ EXPRESSIONS = {
     for panel in dashboard.panels
     for number, query in enumerate(panel.queries)
 }
+ADDED_UP = (
+    table.GROUP_WANTED,
+    table.LEASES,
+    table.QUEUE_REQUESTS,
+    table.TENANT_BYTES,
+    table.TENANT_LIVE,
+)
 ALERTED = {alert.name: alert.expr for alert in ALERTS}
 
 
 def labels_of(metric: Metric) -> set[str]:
     bucket = {"le"} if metric.buckets else set()
-    return {*metric.label_names, *RAY_LABELS, CLUSTER_LABEL, *bucket}
+    return {*metric.label_names, *RAY_LABELS, CLUSTER_LABEL, *RELEASE_LABELS, *bucket}
 
 
 @pytest.mark.parametrize("name", made(), ids=str)
@@ -97,6 +104,25 @@ def test_panels_do_not_overlap(dashboard: Dashboard) -> None:
     for a, b in combinations(places, 2):
         apart = a["x"] + a["w"] <= b["x"] or b["x"] + b["w"] <= a["x"]
         assert apart or a["y"] + a["h"] <= b["y"] or b["y"] + b["h"] <= a["y"], (a, b)
+
+
+@pytest.mark.parametrize("metric", ADDED_UP, ids=lambda metric: metric.name)
+def test_what_routers_count_is_added_up_over_clusters(metric: Metric) -> None:
+    """Groups of two clusters have the same names: a maximum would take two for one."""
+    seen = 0
+    for expr in EXPRESSIONS.values():
+        for aggregation, kept in groupings(parse(expr)):
+            about = {series.name for series in selectors(aggregation.expr)}
+            if str(aggregation.op) == "max" and metric.exported in about:
+                assert CLUSTER_LABEL in kept, expr
+                seen += 1
+    assert seen
+
+
+def test_alerts_are_about_releases_whose_clusters_change_with_upgrades() -> None:
+    for expr in ALERTED.values():
+        for _, kept in groupings(parse(expr)):
+            assert {*RELEASE_LABELS} <= {*kept} and CLUSTER_LABEL not in kept
 
 
 def test_alerts_say_what_to_do() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from dashboards.queries import CLUSTER_LABEL, RELEASE_LABELS
 from kvmesh.cluster.config import build
 from kvmesh.cluster.config_sources import load
 from kvmesh.cluster.environment import serve_variables
@@ -511,6 +513,20 @@ def test_alerts_and_dashboards_are_those_in_files(tmp_path: Path) -> None:
     assert dashboard["data"] == {"the_fleet.json": '{"title": "{{group}}"}\n'}
     off = [x["kind"] for x in yaml.safe_load_all(run("template", "r", chart)) if x]
     assert "PrometheusRule" not in off and "ConfigMap" not in off
+
+
+def test_metrics_have_the_labels_that_alerts_and_dashboards_use() -> None:
+    """Prometheus' operator adds `namespace` by itself."""
+    objects = render(EVERYTHING)
+    added = only(objects, "PodMonitor")["spec"]["podTargetLabels"]
+    names = {re.sub(r"\W", "_", label) for label in added}
+    assert names | {"namespace"} >= {CLUSTER_LABEL, *RELEASE_LABELS}
+    cluster = cluster_of(objects)
+    for pod in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        labels = pod["template"]["metadata"]["labels"].keys()
+        assert {x for x in added if not x.startswith("ray.io/")} <= labels, (
+            "KubeRay adds the others"
+        )
 
 
 def test_notes_warn_of_what_is_off() -> None:
