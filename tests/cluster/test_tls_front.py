@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import ssl
 import subprocess
@@ -14,6 +15,7 @@ from threading import Thread
 from urllib.request import urlopen
 
 import pytest
+import yaml
 
 from kvmesh import TLS, Client, RetryPolicy, UnavailableError
 from kvmesh.protos import pb
@@ -127,3 +129,12 @@ def test_calls_and_streams_pass_with_tls_and_nothing_without(tmp_path: Path) -> 
                 pytest.raises(UnavailableError),
             ):
                 client.tenant_loads(timeout_s=PATIENCE_S)
+
+
+def test_a_reply_may_take_as_long_as_through_the_charts_ingresses() -> None:
+    """A generation that is not streamed is silent until it ends."""
+    values = yaml.safe_load((ROOT / "helm/kvmesh/values.yaml").read_text("utf-8"))
+    (limit_h,) = re.findall(r"^ *timeout server (\d+)h$", RECIPE.read_text("utf-8"), re.MULTILINE)
+    for way in ("ingress", "httpIngress"):
+        limit_s = values[way]["annotations"]["nginx.ingress.kubernetes.io/proxy-read-timeout"]
+        assert int(limit_s) == int(limit_h) * 3600
