@@ -13,6 +13,7 @@ from typing import Any, Final, TypeVar
 from kvmesh.cluster.config import ClusterConfig
 from kvmesh.cluster.config_text import changed
 from kvmesh.cluster.keys import with_local_key
+from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.model.embedded import EMBEDDED_NAME
 from kvmesh.workers.settings import Settings
 
@@ -28,7 +29,14 @@ def serve_config(config: ClusterConfig) -> dict[str, Any]:
     """What Serve has to run for these settings, complete, as plain values.
 
     config: with host and ports, see `for_nodes`, and valid everywhere, see `anywhere`
+    Raises ConfigError naming `layout.mode` if no layout was chosen: the application sees no GPUs.
     """
+    if config.layout.mode == "auto":
+        raise ConfigError(
+            "layout.mode",
+            "is auto only for `kvmesh serve`; set groups, engine.tp and engine.kvp, which "
+            "`kvmesh plan` recommends",
+        )
     arguments: dict[str, Any] = changed(config)
     # They are for the program that starts a cluster; the application does not use them.
     arguments.pop("ray", None)

@@ -28,8 +28,8 @@ from kvmesh.cluster.serve_config import APP_NAME, BUILDER, GRPC_PORT, HTTP_PORT,
 
 CHART = Path(__file__).resolve().parent / "kvmesh"
 SHAPES = CHART.parent / "values.shapes.yaml"
-# What the chart decides itself.
-SECTIONS_OF_THE_CHART = ("ray",)
+# What the chart decides itself, and what only `kvmesh serve` can do.
+SECTIONS_LEFT_OUT = ("ray", "layout")
 SETTINGS_OF_THE_CHART = {
     ("IngressSection", "host"),
     ("MetricsSection", "port"),
@@ -68,7 +68,7 @@ def schema() -> str:
     settings = json_schema()
     definitions = settings.pop("$defs")
     settings.pop("$schema")
-    for name in SECTIONS_OF_THE_CHART:
+    for name in SECTIONS_LEFT_OUT:
         settings["properties"].pop(name)
         definitions.pop(f"{name.title()}Section")
     for section, name in SETTINGS_OF_THE_CHART:

@@ -229,6 +229,14 @@ def test_the_command_prints_it() -> None:
     assert both.exit_code == 2
 
 
+def test_a_layout_that_is_not_chosen_is_not_deployed() -> None:
+    """Serve would be given one group on one GPU, with no word of it."""
+    printed = CliRunner().invoke(command_line, ["config", "--serve", "--layout", "auto"])
+    assert printed.exit_code != 0 and printed.stdout == ""
+    with pytest.raises(ConfigError, match="layout.mode: is auto only for `kvmesh serve`"):
+        serve_config(for_nodes(build({"layout": {"mode": "auto"}})))
+
+
 def test_the_variables_of_nodes_are_for_a_shell() -> None:
     size = {"KVMESH_INGRESS__MAX_REQUEST_BYTES": "1MiB"}
     printed = CliRunner().invoke(command_line, ["config", "--variables"], env=size).stdout

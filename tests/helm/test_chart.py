@@ -548,6 +548,7 @@ def test_notes_warn_of_what_is_off() -> None:
         ({"config": {"engine": {"kv_fromat": "int8"}}}, "kv_fromat"),
         ({"config": {"engine": {"kv_format": "int9"}}}, "/config/engine/kv_format"),
         ({"config": {"ray": {"address": "auto"}}}, "ray"),
+        ({"config": {"layout": {"mode": "auto"}}}, "layout"),
         ({"config": {"ingress": {"host": "::"}}}, "host"),
         ({"config": {"auth": {"key_file": "/k"}}}, "key_file"),
         ({"config": {"timeouts": {"drain_s": "30s"}}}, "/config/timeouts/drain_s"),
