@@ -9,7 +9,7 @@
     ├── ModelNotFoundError          the requested model is not served
     ├── DuplicateRequestError       the request_id is in use
     ├── CapacityError               KV bytes: needed_bytes, available_bytes, groups
-    │   ├── NeverFitsError          no group could hold it, even when empty
+    │   ├── NeverFitsError          no group, or its tenant's quota, could ever hold it
     │   └── OverCapacityError       no room now; retry_after_s says when to retry
     ├── KVFormatError               no group has a KV format that the request accepts; groups
     ├── ResumeError                 a lost stream cannot be resumed
@@ -142,11 +142,13 @@ class CapacityError(KVMeshError):
 
 
 class NeverFitsError(CapacityError):
-    """No group could hold the request, even when empty: make it smaller."""
+    """No group could hold the request, even when empty, or it exceeds its tenant's quota by itself
+    (its reason is QUOTA): make it smaller.
+    """
 
 
 class OverCapacityError(CapacityError):
-    """The pool, the queue or the quota has no room now; retry after `retry_after_s`."""
+    """The pool or the queue has no room now; retry after `retry_after_s`."""
 
 
 class KVFormatError(KVMeshError):

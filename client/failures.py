@@ -44,6 +44,7 @@ _ERRORS: dict[str, type[KVMeshError]] = {
 
 _PRECONDITIONS: dict[int, type[KVMeshError]] = {
     pb.ERROR_REASON_NEVER_FITS: NeverFitsError,
+    pb.ERROR_REASON_QUOTA: NeverFitsError,
     pb.ERROR_REASON_KV_FORMAT: KVFormatError,
     pb.ERROR_REASON_RESUME_MISMATCH: ResumeError,
 }

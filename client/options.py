@@ -161,7 +161,7 @@ class RetryPolicy:
       The call waits for it to return, however many attempts that takes: as long as its timeout
       allows, or `max_outage_s` without one; `max_connect_s` if this server has never answered.
       A stream that has output resumes where it stopped.
-    - A refusal that may pass: no room (pool, queue or quota), or an engine that was lost. The
+    - A refusal that may pass: no room (pool or queue), or an engine that was lost. The
       call gets `max_attempts`.
     Everything else fails at once: invalid fields, keys, models, requests that can never fit,
     expired timeouts, server faults.

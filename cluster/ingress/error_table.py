@@ -58,9 +58,9 @@ _TABLE: tuple[ErrorRow, ...] = tuple(
         (routing.RequestIdInUseError, _S.ALREADY_EXISTS, pb.ERROR_REASON_DUPLICATE_REQUEST_ID, 409),
         (routing.ExceedsEveryGroupError, _S.FAILED_PRECONDITION, pb.ERROR_REASON_NEVER_FITS, 400),
         (ContextExceededError, _S.FAILED_PRECONDITION, pb.ERROR_REASON_NEVER_FITS, 400),
+        (routing.QuotaExceededError, _S.FAILED_PRECONDITION, pb.ERROR_REASON_QUOTA, 400),
         (ResumeMismatchError, _S.FAILED_PRECONDITION, pb.ERROR_REASON_RESUME_MISMATCH, 400),
         (routing.QueueFullError, _S.RESOURCE_EXHAUSTED, pb.ERROR_REASON_QUEUE_FULL, 429),
-        (routing.QuotaExceededError, _S.RESOURCE_EXHAUSTED, pb.ERROR_REASON_QUOTA, 429),
         (routing.NoGroupError, _S.UNAVAILABLE, pb.ERROR_REASON_NOT_READY, 503),
         (routing.NoRoomError, _S.RESOURCE_EXHAUSTED, pb.ERROR_REASON_OVER_CAPACITY, 429),
         (PoolCapacityError, _S.RESOURCE_EXHAUSTED, pb.ERROR_REASON_OVER_CAPACITY, 429),
@@ -152,6 +152,9 @@ def _fill(wire: pb.Error, error: BaseException) -> None:
                 wire.groups.add(group=group, reason=why)
         case routing.ExceedsEveryGroupError():
             _fill_never_fits(wire, error)
+        case routing.QuotaExceededError():
+            wire.needed_bytes = error.needed_bytes
+            wire.available_bytes = error.quota_bytes
         case routing.NoRoomError():
             wire.retry_after_s = error.retry_after_s
             wire.needed_bytes = error.needed_bytes

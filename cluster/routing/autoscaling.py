@@ -13,7 +13,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from kvmesh.cluster.routing.errors import NoRoomError, QuotaExceededError, RoutingError
+from kvmesh.cluster.routing.errors import NoRoomError, RoutingError
 from kvmesh.cluster.routing.group import Group
 from kvmesh.cluster.routing.live import LiveRequest
 from kvmesh.cluster.routing.router import Router
@@ -142,9 +142,7 @@ class Autoscaler:
 
     def note_refused(self, error: RoutingError) -> None:
         """A request was refused; more groups would have room for it, unless its size is why."""
-        self._refused |= isinstance(error, NoRoomError) and not isinstance(
-            error, QuotaExceededError
-        )
+        self._refused |= isinstance(error, NoRoomError)
 
     def decide(self, load: FleetLoad, now: float) -> frozenset[str]:
         """Which groups run from now on; call it about once a second."""

@@ -5,11 +5,11 @@ RoutingError
 ├── RequestAbortedError        the request was aborted
 ├── LedgerError                a transition the ledger does not allow
 ├── ExceedsEveryGroupError     no group could hold it, even empty
+├── QuotaExceededError         the request alone exceeds its tenant's quota
 ├── NoAllowedFormatError       no group has a KV format that the request accepts
 ├── DeadlineUnreachableError   it could not start within its timeout
 └── NoRoomError                it does not fit now; says when to come back
     ├── QueueFullError         the queue has no place left
-    ├── QuotaExceededError     the request alone exceeds its tenant's quota
     └── NoGroupError           no group is known
 """
 
@@ -71,6 +71,21 @@ class ExceedsEveryGroupError(RoutingError):
         return "no group can hold the request: " + "; ".join(parts)
 
 
+class QuotaExceededError(RoutingError):
+    """The request alone exceeds its tenant's quota, so it could not run if nothing else did."""
+
+    def __init__(self, needed_bytes: int, quota_bytes: int) -> None:
+        super().__init__(needed_bytes, quota_bytes)
+        self.needed_bytes = needed_bytes
+        self.quota_bytes = quota_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"the request alone exceeds its tenant's quota: needs {self.needed_bytes} B of KV "
+            f"cache, quota_bytes is {self.quota_bytes}"
+        )
+
+
 class NoAllowedFormatError(RoutingError):
     """No group's KV format is acceptable. reasons: why, by group"""
 
@@ -127,10 +142,6 @@ class NoRoomError(RoutingError):
 
 class QueueFullError(NoRoomError):
     """The queue has no place left."""
-
-
-class QuotaExceededError(NoRoomError):
-    """The request alone exceeds its tenant's quota; `available_bytes` is the quota."""
 
 
 class NoGroupError(NoRoomError):

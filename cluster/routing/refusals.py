@@ -47,9 +47,7 @@ class Refusals:
             return self._fits_nowhere(demand, verdicts)
         quota = self._fleet.tenants.policy(request.tenant).quota_bytes
         if quota is not None and self.exceeds_quota(demand):
-            message = "the request alone exceeds its tenant's quota"
-            retry_s = self._config.max_retry_s
-            return QuotaExceededError(message, retry_s, self._min_bytes(demand), quota)
+            return QuotaExceededError(self._min_bytes(demand), quota)
         if request.timeout_s is not None and choice.group is None:
             start = earliest_start(self._fleet.groups.values(), demand, now)
             if start is not None and start - now > request.timeout_s:

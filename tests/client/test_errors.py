@@ -40,7 +40,7 @@ CASES = [
     (pb.ERROR_REASON_RESUME_MISMATCH, grpc.StatusCode.FAILED_PRECONDITION, errors.ResumeError),
     (pb.ERROR_REASON_OVER_CAPACITY, grpc.StatusCode.RESOURCE_EXHAUSTED, errors.OverCapacityError),
     (pb.ERROR_REASON_QUEUE_FULL, grpc.StatusCode.RESOURCE_EXHAUSTED, errors.OverCapacityError),
-    (pb.ERROR_REASON_QUOTA, grpc.StatusCode.RESOURCE_EXHAUSTED, errors.OverCapacityError),
+    (pb.ERROR_REASON_QUOTA, grpc.StatusCode.FAILED_PRECONDITION, errors.NeverFitsError),
     (
         pb.ERROR_REASON_DEADLINE_EXCEEDED,
         grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -122,7 +122,7 @@ def test_every_bare_status_becomes_an_error_of_the_tree(code: grpc.StatusCode) -
 
 
 def test_the_status_has_googles_details_as_well() -> None:
-    detail = full_error(pb.ERROR_REASON_QUOTA, grpc.StatusCode.RESOURCE_EXHAUSTED)
+    detail = full_error(pb.ERROR_REASON_QUOTA, grpc.StatusCode.FAILED_PRECONDITION)
     with serving(ScriptedServicer(failing(detail))) as target:
         with grpc.insecure_channel(target) as channel, pytest.raises(grpc.RpcError) as caught:
             pb_grpc.KVMeshStub(channel).Generate(pb.GenerateRequest())

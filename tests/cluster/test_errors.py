@@ -68,7 +68,7 @@ TABLE: list[tuple[Exception, grpc.StatusCode, str, int]] = [
     (routing.DeadlineUnreachableError(1.0, None), S.DEADLINE_EXCEEDED, "deadline_unreachable", 504),
     (routing.NoRoomError("full", 2.5, 90, 50), S.RESOURCE_EXHAUSTED, "over_capacity", 429),
     (routing.QueueFullError("full", 2.5, 90, 50), S.RESOURCE_EXHAUSTED, "queue_full", 429),
-    (routing.QuotaExceededError("quota", 2.5, 90, 50), S.RESOURCE_EXHAUSTED, "quota", 429),
+    (routing.QuotaExceededError(90, 50), S.FAILED_PRECONDITION, "quota", 400),
     (routing.NoGroupError("no group is up", 2.5, 0, 0), S.UNAVAILABLE, "not_ready", 503),
     (PoolCapacityError("full", 90, 50, retryable=True), S.RESOURCE_EXHAUSTED, "over_capacity", 429),
     (
@@ -203,6 +203,13 @@ def test_never_fits_has_the_bytes_of_the_closest_group() -> None:
     assert not wire.HasField("retry_after_s")
     wire = to_wire(cluster.ContextExceededError(9, 8, 700, 600))
     assert (wire.needed_bytes, wire.available_bytes) == (700, 600)
+
+
+def test_what_exceeds_its_quota_by_itself_has_the_quota_and_no_time_to_retry() -> None:
+    wire = to_wire(routing.QuotaExceededError(90, 50))
+    assert (wire.needed_bytes, wire.available_bytes) == (90, 50)
+    assert not wire.HasField("retry_after_s")
+    assert "quota_bytes is 50" in wire.message
 
 
 @pytest.mark.parametrize(("error", "code", "reason"), [row[:3] for row in TABLE])

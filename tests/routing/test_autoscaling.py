@@ -89,7 +89,7 @@ def test_while_some_start_no_more_are_added_than_what_waits_needs() -> None:
         (NoRoomError("", 1.0, 100, 10), "ab"),
         (QueueFullError("", 1.0, 100, 10), "ab"),
         # More groups would not help these.
-        (QuotaExceededError("", 1.0, 100, 10), "a"),
+        (QuotaExceededError(100, 10), "a"),
         (ExceedsEveryGroupError({}, {}, {}), "a"),
     ],
 )

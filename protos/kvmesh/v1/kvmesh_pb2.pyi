@@ -56,9 +56,10 @@ Errors
   no such model                             NOT_FOUND            no
   request_id is in use                      ALREADY_EXISTS       no
   no group could ever hold it               FAILED_PRECONDITION  no
+  it alone exceeds its tenant's quota       FAILED_PRECONDITION  no
   no group has an acceptable KV format      FAILED_PRECONDITION  no
   a resume that is not possible             FAILED_PRECONDITION  no
-  no room now: pool, queue or quota         RESOURCE_EXHAUSTED   after retry_after_s
+  no room now: pool or queue                RESOURCE_EXHAUSTED   after retry_after_s
   timeout before the first token, or
   certain to be                             DEADLINE_EXCEEDED    no
   engine or ingress lost, draining          UNAVAILABLE          yes, or resume
@@ -165,6 +166,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """No room now, and the request waited too long or could not be queued."""
     ERROR_REASON_QUEUE_FULL: _ErrorReason.ValueType  # 10
     ERROR_REASON_QUOTA: _ErrorReason.ValueType  # 11
+    """It alone exceeds its tenant's quota, which is `available_bytes`."""
     ERROR_REASON_DEADLINE_EXCEEDED: _ErrorReason.ValueType  # 12
     ERROR_REASON_DEADLINE_UNREACHABLE: _ErrorReason.ValueType  # 13
     """Rejected early: it could not finish in time."""
@@ -202,6 +204,7 @@ ERROR_REASON_OVER_CAPACITY: ErrorReason.ValueType  # 9
 """No room now, and the request waited too long or could not be queued."""
 ERROR_REASON_QUEUE_FULL: ErrorReason.ValueType  # 10
 ERROR_REASON_QUOTA: ErrorReason.ValueType  # 11
+"""It alone exceeds its tenant's quota, which is `available_bytes`."""
 ERROR_REASON_DEADLINE_EXCEEDED: ErrorReason.ValueType  # 12
 ERROR_REASON_DEADLINE_UNREACHABLE: ErrorReason.ValueType  # 13
 """Rejected early: it could not finish in time."""
@@ -2227,7 +2230,9 @@ class Error(_message.Message):
     retry_after_s: _builtins.float
     """With RESOURCE_EXHAUSTED and UNAVAILABLE: when to retry."""
     needed_bytes: _builtins.int
-    """With NEVER_FITS and OVER_CAPACITY: for the group that comes closest."""
+    """With NEVER_FITS and OVER_CAPACITY: for the group that comes closest. With QUOTA: the
+    least that it takes, and the quota.
+    """
     available_bytes: _builtins.int
     request_id: _builtins.str
     """To search the server's log for; empty if the request never had one."""

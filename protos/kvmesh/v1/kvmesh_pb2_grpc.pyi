@@ -56,9 +56,10 @@ Errors
   no such model                             NOT_FOUND            no
   request_id is in use                      ALREADY_EXISTS       no
   no group could ever hold it               FAILED_PRECONDITION  no
+  it alone exceeds its tenant's quota       FAILED_PRECONDITION  no
   no group has an acceptable KV format      FAILED_PRECONDITION  no
   a resume that is not possible             FAILED_PRECONDITION  no
-  no room now: pool, queue or quota         RESOURCE_EXHAUSTED   after retry_after_s
+  no room now: pool or queue                RESOURCE_EXHAUSTED   after retry_after_s
   timeout before the first token, or
   certain to be                             DEADLINE_EXCEEDED    no
   engine or ingress lost, draining          UNAVAILABLE          yes, or resume

@@ -22,6 +22,7 @@ from kvmesh.cluster.routing.errors import (
     NoAllowedFormatError,
     NoRoomError,
     QueueFullError,
+    QuotaExceededError,
     RequestIdInUseError,
 )
 from kvmesh.v1 import kvmesh_pb2 as pb
@@ -286,6 +287,7 @@ async def test_errors_of_the_contract_have_openais_names(
         (UnknownModelError("a", "b"), 404, "model_not_found", openai.NotFoundError),
         (RequestIdInUseError("r"), 409, "duplicate_request_id", openai.ConflictError),
         (ContextExceededError(9, 8, 7, 6), 400, "context_length_exceeded", openai.BadRequestError),
+        (QuotaExceededError(90, 50), 400, "quota", openai.BadRequestError),
         (NoAllowedFormatError({"g": "int4"}), 400, "kv_format", openai.BadRequestError),
         (NoRoomError("full", 2.5, 90, 50), 429, "over_capacity", openai.RateLimitError),
         (QueueFullError("full", 2.5, 90, 50), 429, "queue_full", openai.RateLimitError),
