@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
+import socket
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -24,6 +25,18 @@ MAX_OUTAGE_S: Final = 600.0
 CONNECT_S: Final = 5.0
 FIRST_PAUSE_S: Final = 0.5
 MAX_PAUSE_S: Final = 15.0
+# A connection on which nothing comes is probed, so that one whose other end is gone breaks: an
+# answer may take long, so there is no limit to that.
+IDLE_S: Final = 60
+PROBE_S: Final = 10
+PROBES: Final = 6
+_WATCHED: Final = (
+    ("TCP_KEEPIDLE", IDLE_S),
+    ("TCP_KEEPINTVL", PROBE_S),
+    ("TCP_KEEPCNT", PROBES),
+    # What was sent and is not acknowledged has no probes.
+    ("TCP_USER_TIMEOUT", (IDLE_S + PROBE_S * PROBES) * 1000),
+)
 _REFUSED_KEY: Final = (401, 403)
 
 
@@ -44,7 +57,7 @@ class ServedAnswers:
     async def __aenter__(self) -> Self:
         # Without a limit of time: a long output takes as long as it takes.
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S)
-        connector = aiohttp.TCPConnector(limit=0)
+        connector = aiohttp.TCPConnector(limit=0, socket_factory=_watched_socket)
         self._session = aiohttp.ClientSession(timeout=timeout, connector=connector)
         return self
 
@@ -116,6 +129,17 @@ class ServedAnswers:
             "address of its own",
             unreachable=True,
         )
+
+
+def _watched_socket(address: aiohttp.AddrInfoType) -> socket.socket:
+    """One that fails when its peer is gone, even if that said nothing."""
+    family, kind, protocol, *_ = address
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _WATCHED:
+        if (option := getattr(socket, name, None)) is not None:  # not on every system
+            made.setsockopt(socket.IPPROTO_TCP, option, value)
+    return made
 
 
 def base_url(address: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,26 @@ async def test_a_refusal_in_no_text_is_one() -> None:
     ):
         answers.pause_s = 0.0
         assert (await answers.answer(request())).status_code == 200
+
+
+async def test_a_connection_breaks_when_its_peer_is_gone(
+    answers: ServedAnswers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host that loses its power says nothing, and the answer has no limit of time."""
+    made: list[socket.socket] = []
+    make = socket.socket
+
+    def keep(*args: Any, **kwargs: Any) -> socket.socket:
+        made.append(make(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(socket, "socket", keep)
+    assert (await answers.answer(request())).status_code == 200
+    watched = [x for x in made if x.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)]
+    assert watched
+    tcp = [getattr(socket, x) for x in ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT")]
+    assert [watched[0].getsockopt(socket.IPPROTO_TCP, x) for x in tcp] == [60, 10, 6]
+    assert watched[0].getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 120_000
 
 
 async def test_what_is_no_such_server_is_named(server: HttpServer) -> None:
