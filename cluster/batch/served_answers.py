@@ -42,7 +42,8 @@ _REFUSED_KEY: Final = (401, 403)
 
 class ServedAnswers:
     """base: the server's URL, without /v1. A server that is lost, or has no room, is asked again,
-    until none of the requests got an answer for MAX_OUTAGE_S after the first that failed.
+    until none of the requests got an answer for MAX_OUTAGE_S after the first that failed. While it
+    still has an earlier one than that which fails, it is at work, and that may take all the room.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class ServedAnswers:
         self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._clock = clock
         self._outage_s: float | None = None  # when it began; None since an answer
+        self._open: dict[str, float] = {}  # by id, when the server was asked what it still has
         self.pause_s = FIRST_PAUSE_S
 
     async def __aenter__(self) -> Self:
@@ -90,7 +92,8 @@ class ServedAnswers:
         while True:
             wait_s, asked_s = 0.0, self._clock()
             # Another id for each attempt: a server may still be ending the one before.
-            request_id = secrets.token_hex(16)
+            request_id = attempt = secrets.token_hex(16)
+            self._open[attempt] = asked_s
             try:
                 async with self._session.post(
                     self._base + request.url,
@@ -103,7 +106,7 @@ class ServedAnswers:
                 ) as reply:
                     data = await reply.read()
             except (aiohttp.ClientError, OSError, TimeoutError) as error:
-                trouble: object = error
+                trouble: BatchRunError = self._unreachable(error)
             else:
                 if reply.status in _REFUSED_KEY:
                     raise BatchRunError(f"{self._base} refuses the key: {_message(data)}")
@@ -112,16 +115,26 @@ class ServedAnswers:
                     self._outage_s = None
                     request_id = reply.headers.get("x-request-id", request_id)
                     return LineResponse(reply.status, request_id, _json(data))
-                trouble = _message(data)
+                trouble = self._refusing(_message(data))
                 wait_s = _seconds(reply.headers.get("retry-after"))
+            finally:
+                del self._open[attempt]
             now_s = self._clock()
             # The server was at work on a request that took that long to fail.
             if self._outage_s is None or now_s - asked_s > MAX_OUTAGE_S:
                 self._outage_s = now_s
-            if now_s - self._outage_s > MAX_OUTAGE_S:
-                raise self._unreachable(trouble)
+            at_work = min(self._open.values(), default=asked_s) < asked_s
+            if now_s - self._outage_s > MAX_OUTAGE_S and not at_work:
+                raise trouble
             await asyncio.sleep(wait_s + random.uniform(0, pause_s))
             pause_s = min(pause_s * 2, MAX_PAUSE_S)
+
+    def _refusing(self, why: str) -> BatchRunError:
+        return BatchRunError(
+            f"{self._base} refused all requests for {MAX_OUTAGE_S / 60:.0f} minutes ({why}); "
+            "the same command continues later",
+            unreachable=True,
+        )
 
     def _unreachable(self, why: object) -> BatchRunError:
         return BatchRunError(

@@ -142,7 +142,7 @@ async def test_a_server_that_stays_away_ends_the_run(
     contract.script = attempts.play
     async with ServedAnswers(base_url(server.url), KEY, attempts.clock) as answers:
         answers.pause_s = 0.0
-        with pytest.raises(BatchRunError, match="the queue is full") as caught:
+        with pytest.raises(BatchRunError, match=r"refused all .*queue is full") as caught:
             await answers.answer(request())
     assert caught.value.unreachable
     assert attempts.now_s == 800.0  # the first failed at 100 s, and 600 s may pass
@@ -171,6 +171,35 @@ async def test_an_outage_counts_from_the_first_failure(
         for _ in filter(None, (is_answered for _, is_answered in attempts)):
             assert (await answers.answer(request())).status_code == 200
     assert len(contract.requests) == len(attempts)
+
+
+async def test_a_server_at_work_on_an_earlier_request_is_not_lost(
+    server: HttpServer, contract: ScriptedContract, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The long one may be what takes the room."""
+    monkeypatch.setattr(served_answers, "MAX_PAUSE_S", 0.0)
+    now_s, arrived, end = 0.0, asyncio.Event(), asyncio.Event()
+
+    def play(asked: pb.GenerateRequest) -> Iterable[Event | Exception | asyncio.Event]:
+        nonlocal now_s
+        if asked.prompt.text == "long":
+            arrived.set()
+            yield end
+        elif now_s < 2000.0:
+            now_s += 500.0
+            yield FULL
+            return
+        yield from words("Hello")(asked)
+
+    contract.script = play
+    async with ServedAnswers(base_url(server.url), KEY, lambda: now_s) as answers:
+        answers.pause_s = 0.0
+        long = asyncio.create_task(answers.answer(request(prompt="long")))
+        await arrived.wait()
+        now_s = 1.0
+        assert (await answers.answer(request())).status_code == 200
+        end.set()
+        assert (await long).status_code == 200
 
 
 @pytest.mark.parametrize(
