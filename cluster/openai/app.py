@@ -25,7 +25,6 @@ from kvmesh.cluster.openai.completions import (
 )
 from kvmesh.cluster.openai.failures import error_headers, error_reply
 from kvmesh.cluster.openai.names import openai_names
-from kvmesh.cluster.openai.response_items import response_reply
 from kvmesh.cluster.openai.response_stream import ResponseStream
 from kvmesh.cluster.openai.responses import ResponseBody
 from kvmesh.cluster.openai.text_calls import (
@@ -166,8 +165,8 @@ class OpenAIRoutes:
             source = await self._begin(call, [request])
             if body.stream:
                 return call.stream(source, ResponseStream(body, call.request_id).read(source))
-            (generated,) = await _replies(source, 1)
-        return reply(response_reply(body, generated), headers=_kv_bytes([generated]))
+            found, used = await ResponseStream(body, call.request_id).whole(source)
+        return reply(found, headers={KV_BYTES: str(kv_bytes([used]))})
 
     async def tokenize(self, call: HttpCall) -> Response:
         """The token ids of a prompt or a chat."""

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from kvmesh.cluster.openai.body import RequestBody
-from kvmesh.cluster.openai.chat_reply import ChatToken, chat_logprobs
+from kvmesh.cluster.openai.chat_reply import ChatToken
 from kvmesh.cluster.openai.responses import ResponseBody
 from kvmesh.cluster.openai.usage import KVUsage, token_usage
 from kvmesh.v1 import kvmesh_pb2 as pb
@@ -157,29 +157,3 @@ def new_response(body: ResponseBody, request_id: str, model: str) -> ResponseRep
         metadata=body.metadata or {},
         user=body.user,
     )
-
-
-def response_reply(body: ResponseBody, generated: pb.GenerateResponse) -> ResponseReply:
-    """The whole output of a request."""
-    request_id = generated.request_id
-    response = new_response(body, request_id, generated.model)
-    (choice,) = generated.choices
-    items: list[OutputItem] = []
-    if choice.reasoning:
-        items.append(
-            ReasoningItem(f"rs_{request_id}", IN_PROGRESS, [ReasoningText(choice.reasoning)])
-        )
-    if choice.text or not (choice.reasoning or choice.tool_calls):
-        logprobs = chat_logprobs(choice.logprobs).content if body.wants_logprobs else []
-        items.append(
-            MessageItem(f"msg_{request_id}", IN_PROGRESS, [OutputText(choice.text, logprobs)])
-        )
-    for index, call in enumerate(choice.tool_calls):
-        item_id = f"fc_{request_id}_{index}"
-        items.append(
-            FunctionCallItem(item_id, call.id, call.name, IN_PROGRESS, call.arguments_json)
-        )
-    response.output = items
-    response.end(choice.finish_reason)
-    response.charge(generated.usage)
-    return response

@@ -1,8 +1,8 @@
-"""The stream of a response: items that open, grow and close, in numbered events."""
+"""A response: items that open, grow and close, in numbered events of a stream, or whole."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 
 import msgspec
 
@@ -43,9 +43,11 @@ class ResponseEvent(msgspec.Struct, omit_defaults=True, kw_only=True):
 
 
 class ResponseStream:
-    """Makes the stream of one response from the events of its generation.
+    """Makes one response from the events of its generation, as a stream or whole.
 
-    One item is open at a time: reasoning, then the message, then one call after the other.
+    One item is open at a time, in the order of the output: reasoning, messages, calls. A message
+    has the tokens of its text, also those that only a later token shows. Other tokens that show
+    nothing are markers of what they stand next to.
     """
 
     def __init__(self, body: ResponseBody, request_id: str) -> None:
@@ -54,13 +56,27 @@ class ResponseStream:
         self._sent = 0
         self._response = new_response(body, request_id, body.model or "")
         self._open: OutputItem | None = None
+        self._hidden: list[ChatToken] = []  # of a message, if text follows, or its end
 
     async def read(self, source: EventSource) -> AsyncIterator[bytes]:
         async for _, event in source:
-            for chunk in self._chunks(event):
-                yield chunk
+            if (comment := sse.comment(event)) is not None:
+                yield comment
+            for made in self._events(event):
+                yield sse.named(made.type, made)
 
-    def _chunks(self, event: pb.GenerateStreamResponse) -> Iterator[bytes]:
+    async def whole(self, source: EventSource) -> tuple[ResponseReply, pb.Usage]:
+        """What the stream ends with, and what it has used."""
+        used = pb.Usage()
+        async for _, event in source:
+            if event.HasField("usage"):
+                used = event.usage
+            for _ in self._events(event):
+                pass
+        return self._response, used
+
+    def _events(self, event: pb.GenerateStreamResponse) -> Iterator[ResponseEvent]:
+        """To be encoded one by one: each may hold what the next one changes."""
         match event.WhichOneof("event"):
             case "started":
                 self._response.model = event.started.model
@@ -74,6 +90,8 @@ class ResponseStream:
             case "choice_finished":
                 if not self._response.output:
                     yield from self._message()
+                if self._hidden and isinstance(self._open, MessageItem):
+                    yield self._said(self._open, "")
                 last = self._open
                 self._response.end(event.choice_finished.finish_reason)
                 if last is not None:
@@ -81,34 +99,33 @@ class ResponseStream:
             case "usage":
                 self._response.charge(event.usage)
                 yield self._event(f"response.{self._response.status}", response=self._response)
-            case _:
-                if (comment := sse.comment(event)) is not None:
-                    yield comment
 
-    def _event(self, kind: str, about: OutputItem | None = None, **fields: object) -> bytes:
+    def _event(self, kind: str, about: OutputItem | None = None, **fields: object) -> ResponseEvent:
         """about: the item that it is about"""
         if about is not None:
             fields |= {"item_id": about.id, "output_index": len(self._response.output) - 1}
         event = ResponseEvent(type=kind, sequence_number=self._sent, **fields)  # type: ignore[arg-type]
         self._sent += 1
-        return sse.named(kind, event)
+        return event
 
-    def _begin(self, item: OutputItem) -> Iterator[bytes]:
+    def _begin(self, item: OutputItem) -> Iterator[ResponseEvent]:
         """Close the item that is open, and open this one."""
         if self._open is not None:
             self._open.status = "completed"
             yield from self._close(self._open)
         self._open = item
+        if not isinstance(item, MessageItem):
+            self._hidden = []
         index = len(self._response.output)
         self._response.output = [*self._response.output, item]
         yield self._event("response.output_item.added", output_index=index, item=item)
 
-    def _reasoning(self, text: str) -> Iterator[bytes]:
+    def _reasoning(self, text: str) -> Iterator[ResponseEvent]:
         if not text:
             return
         item = self._open
         if not isinstance(item, ReasoningItem):
-            item = ReasoningItem(f"rs_{self._request_id}", IN_PROGRESS, [])
+            item = ReasoningItem(self._id("rs"), IN_PROGRESS, [])
             yield from self._begin(item)
             item.content = [ReasoningText()]
             part = item.content[0]
@@ -116,33 +133,39 @@ class ResponseStream:
         item.content[0].text += text
         yield self._event("response.reasoning_text.delta", item, content_index=0, delta=text)
 
-    def _text(self, delta: pb.Delta) -> Iterator[bytes]:
-        tokens = chat_logprobs(delta.logprobs).content if self._body.wants_logprobs else []
-        silent = bool(delta.reasoning or delta.tool_calls)
-        if not delta.text and (silent or not tokens):
+    def _text(self, delta: pb.Delta) -> Iterator[ResponseEvent]:
+        if not delta.text and isinstance(self._open, ReasoningItem | FunctionCallItem):
             return
-        if not isinstance(self._open, MessageItem):
-            yield from self._message()
+        if self._body.wants_logprobs:
+            self._hidden += chat_logprobs(delta.logprobs).content
+        if not delta.text:
+            return
         item = self._open
-        assert isinstance(item, MessageItem)
-        item.content[0].text += delta.text
-        item.content[0].logprobs.extend(tokens)
-        yield self._event(
-            "response.output_text.delta",
-            item,
-            content_index=0,
-            delta=delta.text,
-            logprobs=tokens,
-        )
+        if not isinstance(item, MessageItem):
+            item = yield from self._message()
+        yield self._said(item, delta.text)
 
-    def _message(self) -> Iterator[bytes]:
-        item = MessageItem(f"msg_{self._request_id}", IN_PROGRESS, [])
+    def _said(self, item: MessageItem, text: str) -> ResponseEvent:
+        """Its next text, with the tokens up to there."""
+        tokens, self._hidden = self._hidden, []
+        item.content[0].text += text
+        item.content[0].logprobs.extend(tokens)
+        kind = "response.output_text.delta"
+        return self._event(kind, item, content_index=0, delta=text, logprobs=tokens)
+
+    def _message(self) -> Generator[ResponseEvent, None, MessageItem]:
+        item = MessageItem(self._id("msg"), IN_PROGRESS, [])
         yield from self._begin(item)
         item.content = [OutputText(logprobs=[])]
         part = item.content[0]
         yield self._event("response.content_part.added", item, content_index=0, part=part)
+        return item
 
-    def _call(self, part: pb.ToolCallDelta) -> Iterator[bytes]:
+    def _id(self, kind: str) -> str:
+        """Of the next item: there may be several of a kind."""
+        return f"{kind}_{self._request_id}_{len(self._response.output)}"
+
+    def _call(self, part: pb.ToolCallDelta) -> Iterator[ResponseEvent]:
         item = self._open
         item_id = f"fc_{self._request_id}_{part.index}"
         if not isinstance(item, FunctionCallItem) or item.id != item_id:
@@ -153,7 +176,7 @@ class ResponseStream:
             kind = "response.function_call_arguments.delta"
             yield self._event(kind, item, delta=part.arguments_json)
 
-    def _close(self, item: OutputItem) -> Iterator[bytes]:
+    def _close(self, item: OutputItem) -> Iterator[ResponseEvent]:
         match item:
             case MessageItem(content=[part]):
                 yield self._event(

@@ -233,6 +233,75 @@ async def test_reasoning_and_calls_are_items(
     assert indexes == sorted(indexes) and set(indexes) == {0, 1, 2, 3}
 
 
+def token(text: str, shown: str = "", **fields: Any) -> Any:
+    """One token, and what of the output it makes visible as text."""
+    scores = pb.Logprobs(chosen=[-0.5], chosen_bytes=[text.encode()])
+    return delta(shown, token_ids=[1], logprobs=scores, **fields)
+
+
+def calls(index: int, arguments: str, **fields: str) -> list[pb.ToolCallDelta]:
+    return [pb.ToolCallDelta(index=index, arguments_json=arguments, **fields)]
+
+
+@pytest.mark.parametrize(
+    ("deltas", "expected"),
+    [
+        # Reasoning, text and calls, with their markers, and text after a call.
+        (
+            [
+                token("<think>"),
+                token("Hm", reasoning="Hm"),
+                token("</think>"),
+                token("Yes", "Yes"),
+                token("<call>"),
+                token("t", tool_calls=calls(0, "", id="c0", name="time")),
+                token("{}", tool_calls=calls(0, "{}")),
+                token("</call>"),
+                token("Now", "Now"),
+                token("<end>"),
+            ],
+            ["reasoning", ["Yes"], "function_call", ["Now", "<end>"]],
+        ),
+        # Text that is held back for a while.
+        ([token("o"), token("n", "on"), token("e"), token("s", "es")], [["o", "n", "e", "s"]]),
+        ([token("<end>")], [["<end>"]]),
+        (
+            [token("<think>"), token("Hm", reasoning="Hm"), token("</think>"), token("<end>")],
+            ["reasoning"],
+        ),
+        # Reasoning that begins again.
+        (
+            [token("A", reasoning="A"), token("b", "b"), token("C", reasoning="C")],
+            ["reasoning", ["b"], "reasoning"],
+        ),
+    ],
+)
+async def test_a_message_has_the_tokens_of_its_text_whole_and_streamed(
+    server: HttpServer, contract: ScriptedContract, deltas: list[Any], expected: list[Any]
+) -> None:
+    contract.script = lambda request: [started(request), *deltas, finished(), usage()]
+    asked: dict[str, Any] = {"model": "tiny", "input": "hi", "top_logprobs": 0}
+    async with server.client() as client:
+        whole = await client.responses.create(**asked)
+        stream = await client.responses.create(**asked, stream=True)
+        events = [event async for event in stream]
+    streamed = events[-1].response
+    found = [
+        [x.token for x in item.content[0].logprobs] if item.type == "message" else item.type
+        for item in whole.output
+    ]
+    assert found == expected
+    for response in (whole, streamed):
+        ids = [item.id for item in response.output]
+        assert len(set(ids)) == len(ids)
+        for item in response.output:
+            item.id = item.id.replace(response.id.removeprefix("resp_"), "")
+    assert streamed.output == whole.output
+    parts = [e for e in events if e.type == "response.output_text.delta"]
+    said = [x.token for part in parts for x in part.logprobs]
+    assert said == [x for item in expected if isinstance(item, list) for x in item]
+
+
 @pytest.mark.parametrize(
     ("choice", "expected"),
     [
