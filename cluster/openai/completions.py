@@ -63,6 +63,8 @@ class CompletionBody(GenerationBody):
         for index, prompt in enumerate(prompts):
             own_id = f"{request_id[:ID_CHARS]}-{index}" if len(prompts) > 1 else request_id
             request = self.base_request(headers, own_id)
+            if self.max_tokens == 0 and not self.echo and not request.HasField("pin_s"):
+                refuse("max_tokens", "must be at least 1, unless echo or pin_s is set")
             params = request.sampling_params
             put(params, "max_tokens", self.max_tokens)
             put(params, "logprobs", self.logprobs)
@@ -86,8 +88,6 @@ class CompletionBody(GenerationBody):
             raise UnsupportedFieldError(
                 "best_of", f"must be equal to n, which is {self.n or 1}; got {self.best_of}"
             )
-        if self.max_tokens == 0 and not self.echo and self.pin_s is None:
-            refuse("max_tokens", "must be at least 1, unless echo or pin_s is set")
 
     def _prompts(self) -> list[str | list[int]]:
         prompt: Sequence[object] = self.prompt

@@ -76,6 +76,15 @@ async def test_bad_fields_are_named(
     assert not contract.requests
 
 
+async def test_a_prompt_alone_may_be_pinned_by_field_or_header(
+    server: HttpServer, contract: ScriptedContract
+) -> None:
+    body = {"prompt": "a", "max_tokens": 0}
+    assert (await server.post("/v1/completions", {**body, "pin_s": 60})).status_code == 200
+    assert (await server.post("/v1/completions", body, x_kvmesh_pin_s="60")).status_code == 200
+    assert [request.pin_s for request in contract.requests] == [60, 60]
+
+
 async def test_best_of_that_changes_nothing(server: HttpServer) -> None:
     body = {"prompt": "a", "n": 2, "best_of": 2, "suffix": None, "echo": False}
     assert (await server.post("/v1/completions", body)).status_code == 200
