@@ -130,7 +130,7 @@ class OpenAIRoutes:
         with openai_names(body.renames):
             source = await self._begin(call, [request])
             if body.stream:
-                return call.stream(source, chat_chunks(body, source))
+                return call.stream(source, chat_chunks(body, source), body.renames)
             (generated,) = await _replies(source, 1)
         return reply(chat_reply(body, generated), headers=_kv_bytes([generated]))
 
@@ -147,7 +147,7 @@ class OpenAIRoutes:
             source = await self._begin(call, requests)
             if body.stream:
                 chunks = CompletionChunks(body, call.request_id, echoes)
-                return call.stream(source, chunks.read(source))
+                return call.stream(source, chunks.read(source), body.renames)
             generated = await _replies(source, len(requests))
         return reply(
             completion_reply(body, call.request_id, generated, echoes), headers=_kv_bytes(generated)
@@ -161,11 +161,12 @@ class OpenAIRoutes:
             return body, body.to_contract(call.headers, call.request_id)
 
         body, request = await call.read(parse)
+        made = ResponseStream(body, call.request_id)
         with openai_names(body.renames):
             source = await self._begin(call, [request])
             if body.stream:
-                return call.stream(source, ResponseStream(body, call.request_id).read(source))
-            found, used = await ResponseStream(body, call.request_id).whole(source)
+                return call.stream(source, made.read(source), body.renames)
+            found, used = await made.whole(source)
         return reply(found, headers={KV_BYTES: str(kv_bytes([used]))})
 
     async def tokenize(self, call: HttpCall) -> Response:

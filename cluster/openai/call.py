@@ -15,6 +15,7 @@ from starlette.responses import Response, StreamingResponse
 from kvmesh.cluster.ingress.error_table import http_status, reason_label
 from kvmesh.cluster.openai import sse
 from kvmesh.cluster.openai.failures import error_headers, error_reply
+from kvmesh.cluster.openai.names import Renames, openai_names
 from kvmesh.v1 import kvmesh_pb2 as pb
 
 LONG_BODY_BYTES = 1 << 16  # parsing more would delay every stream
@@ -97,13 +98,19 @@ class HttpCall:
         merged = await self.opened.enter_async_context(contextlib.aclosing(_merged(streams)))
         return EventSource(merged, len(requests))
 
-    def stream(self, source: EventSource, chunks: AsyncIterator[bytes]) -> StreamingResponse:
-        """The reply that sends these chunks as they come, and an error if they end with one."""
+    def stream(
+        self, source: EventSource, chunks: AsyncIterator[bytes], renames: Renames
+    ) -> StreamingResponse:
+        """The reply that sends these chunks as they come, and an error if they end with one.
+
+        renames: of fields that an error names
+        """
 
         async def guarded() -> AsyncIterator[bytes]:
             try:
-                async for chunk in chunks:
-                    yield chunk
+                with openai_names(renames):
+                    async for chunk in chunks:
+                        yield chunk
             except Exception as error:
                 yield sse.data(error_reply(*self.fail(error)))
 

@@ -16,6 +16,7 @@ from kvmesh.cluster.ingress.validate import Limits
 from kvmesh.cluster.openai import call as call_module
 from kvmesh.cluster.telemetry import table
 from kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.workers.errors import InvalidFieldError
 from tests.cluster.machine import PATIENCE_S
 from tests.cluster.openai.server import (
     KEY,
@@ -356,6 +357,31 @@ async def test_a_stream_that_fails_ends_with_its_error(
             async for _ in await client.completions.create(model="tiny", prompt="a", stream=True):
                 pass
     await until(lambda: server.meters.of(table.REQUESTS, "/v1/completions", "internal") == 2)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field", "param"),
+    [
+        ("/v1/completions", {"prompt": "a"}, "prompt.text", "prompt"),
+        ("/v1/chat/completions", CHAT, "prompt.chat", "messages"),
+        ("/v1/responses", {"input": "a"}, "sampling_params.max_tokens", "max_output_tokens"),
+    ],
+)
+async def test_an_error_in_a_stream_names_the_field_as_openai_does(
+    server: HttpServer,
+    contract: ScriptedContract,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    body: dict[str, Any],
+    field: str,
+    param: str,
+) -> None:
+    """The stream began while the request waited, so that it could not have its status."""
+    monkeypatch.setattr("kvmesh.cluster.openai.call.HOLD_S", 0.0)
+    waiting = pb.GenerateStreamResponse(queued=pb.Queued())
+    contract.script = lambda request: [waiting, InvalidFieldError(field, "is too long")]
+    *_, error = await server.events(path, {**body, "stream": True})
+    assert json.loads(error.removeprefix("data: "))["error"]["param"] == param
 
 
 async def test_a_stream_that_waits_says_so_in_comments(
