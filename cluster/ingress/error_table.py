@@ -157,8 +157,9 @@ def _fill(wire: pb.Error, error: BaseException) -> None:
             wire.available_bytes = error.quota_bytes
         case routing.NoRoomError():
             wire.retry_after_s = error.retry_after_s
-            wire.needed_bytes = error.needed_bytes
-            wire.available_bytes = error.available_bytes
+            if error.needed_bytes is not None and error.available_bytes is not None:
+                wire.needed_bytes = error.needed_bytes
+                wire.available_bytes = error.available_bytes
         case ContextExceededError():
             wire.needed_bytes = error.needed_bytes
             wire.available_bytes = error.available_bytes

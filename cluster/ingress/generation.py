@@ -164,7 +164,7 @@ class Generation:
             if error.timeout_s >= self._context.queue_timeout_s:
                 # The limit was the server's longest wait, not the request's own deadline.
                 limit_s = self._context.queue_timeout_s
-                raise NoRoomError(f"no room within {limit_s:g} s", limit_s / 4, 0, 0) from None
+                raise NoRoomError(f"no room within {limit_s:g} s", limit_s / 4) from None
             if self._attempt is None:
                 raise
             self._end_overdue()

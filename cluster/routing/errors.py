@@ -121,11 +121,16 @@ class NoRoomError(RoutingError):
     """The request does not fit now.
 
     retry_after_s: from now, when room is expected
-    needed_bytes, available_bytes: of the group that comes closest, over all its ranks
+    needed_bytes, available_bytes: of the group that comes closest, over all its ranks; None if no
+        group is known that could hold it
     """
 
     def __init__(
-        self, message: str, retry_after_s: float, needed_bytes: int, available_bytes: int
+        self,
+        message: str,
+        retry_after_s: float,
+        needed_bytes: int | None = None,
+        available_bytes: int | None = None,
     ) -> None:
         super().__init__(message, retry_after_s, needed_bytes, available_bytes)
         self.message = message
@@ -134,10 +139,12 @@ class NoRoomError(RoutingError):
         self.available_bytes = available_bytes
 
     def __str__(self) -> str:
-        return (
-            f"{self.message}: needs {self.needed_bytes} B of KV cache, "
-            f"{self.available_bytes} B are free; retry in {self.retry_after_s:.3g} s"
-        )
+        figures = ""
+        if self.needed_bytes is not None:
+            figures = (
+                f": needs {self.needed_bytes} B of KV cache, {self.available_bytes} B are free"
+            )
+        return f"{self.message}{figures}; retry in {self.retry_after_s:.3g} s"
 
 
 class QueueFullError(NoRoomError):

@@ -42,7 +42,7 @@ class Refusals:
         """Why waiting would not help, or None if it may."""
         request, verdicts = demand.request, choice.verdicts
         if not self._fleet.groups:
-            return NoGroupError("no group is known", self._config.max_retry_s, 0, 0)
+            return NoGroupError("no group is known", self._config.max_retry_s)
         if self.fits_nowhere(demand):
             return self._fits_nowhere(demand, verdicts)
         quota = self._fleet.tenants.policy(request.tenant).quota_bytes
@@ -131,8 +131,8 @@ class Refusals:
         return error(
             message,
             high if start_s is None else min(max(start_s, low), high),
-            nearest.needed_bytes if nearest else 0,
-            nearest.available_bytes if nearest else 0,
+            nearest.needed_bytes if nearest else None,
+            nearest.available_bytes if nearest else None,
         )
 
 

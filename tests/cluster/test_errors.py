@@ -69,7 +69,7 @@ TABLE: list[tuple[Exception, grpc.StatusCode, str, int]] = [
     (routing.NoRoomError("full", 2.5, 90, 50), S.RESOURCE_EXHAUSTED, "over_capacity", 429),
     (routing.QueueFullError("full", 2.5, 90, 50), S.RESOURCE_EXHAUSTED, "queue_full", 429),
     (routing.QuotaExceededError(90, 50), S.FAILED_PRECONDITION, "quota", 400),
-    (routing.NoGroupError("no group is up", 2.5, 0, 0), S.UNAVAILABLE, "not_ready", 503),
+    (routing.NoGroupError("no group is up", 2.5), S.UNAVAILABLE, "not_ready", 503),
     (PoolCapacityError("full", 90, 50, retryable=True), S.RESOURCE_EXHAUSTED, "over_capacity", 429),
     (
         PoolCapacityError("too long", 90, 50, retryable=False),
@@ -188,9 +188,17 @@ def test_a_wrong_field_is_named() -> None:
 def test_over_capacity_has_the_bytes_and_when_to_retry() -> None:
     wire = to_wire(routing.QueueFullError("12 requests are waiting", 2.5, 90, 50))
     assert (wire.retry_after_s, wire.needed_bytes, wire.available_bytes) == (2.5, 90, 50)
+    assert wire.message.endswith("needs 90 B of KV cache, 50 B are free; retry in 2.5 s")
     wire = to_wire(PoolCapacityError("full", 90, 50, retryable=True))
     assert wire.retry_after_s > 0
     assert (wire.needed_bytes, wire.available_bytes) == (90, 50)
+
+
+def test_figures_that_are_not_known_are_left_out() -> None:
+    for error in (routing.NoRoomError("no room", 2.5), routing.NoGroupError("no room", 2.5)):
+        wire = to_wire(error)
+        assert wire.message == "no room; retry in 2.5 s"
+        assert not wire.HasField("needed_bytes") and not wire.HasField("available_bytes")
 
 
 def test_never_fits_has_the_bytes_of_the_closest_group() -> None:

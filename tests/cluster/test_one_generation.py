@@ -821,7 +821,7 @@ async def test_an_engine_that_misses_a_deadline_is_not_waited_for(
         (
             DeadlineUnreachableError(QUEUE_TIMEOUT_S, 500.0),
             None,
-            NoRoomError("no room within 100 s", 25.0, 0, 0),
+            NoRoomError("no room within 100 s", 25.0),
         ),
     ],
 )

@@ -132,7 +132,7 @@ def test_a_full_queue_refuses_with_advice() -> None:
     assert isinstance(outcome, Refused) and isinstance(error, QueueFullError)
     assert (outcome.request_id, len(outcome.verdicts)) == ("c", 1)
     assert error.retry_after_s > 0
-    assert error.needed_bytes > 0
+    assert error.needed_bytes is not None and error.needed_bytes > 0
     assert router_status(router, 0.0).refused_total == {"QueueFullError": 1}
 
 
@@ -357,7 +357,8 @@ def test_an_engine_that_connects_twice_voids_what_it_does_not_list() -> None:
 
 
 def test_without_any_group_the_answer_is_to_come_back() -> None:
-    refused(make_router().place(ask("a"), 0.0)[0], NoGroupError)
+    error = refused(make_router().place(ask("a"), 0.0)[0], NoGroupError)
+    assert isinstance(error, NoGroupError) and error.needed_bytes is None, "not known"
 
 
 def test_without_any_group_nobody_knows_what_would_fit() -> None:

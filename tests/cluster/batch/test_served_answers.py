@@ -34,7 +34,7 @@ from tests.cluster.openai.server import (
     words,
 )
 
-FULL = QueueFullError("the queue is full", 0.0, 0, 0)
+FULL = QueueFullError("the queue is full", 0.0)
 
 
 @pytest.fixture
