@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 from fastapi import FastAPI, Request
+from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -44,7 +45,19 @@ CALL = "kvmesh.call"  # where the front puts the HttpCall in the scope
 # Answered without a key, as probes have none.
 KEYLESS = frozenset({"/health"})
 
+_SCHEMAS = "#/components/schemas/"  # where a document's references lead
+
 Operation = Callable[[HttpCall], Awaitable[Response]]
+
+
+class _OpenAIApp(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        """With the bodies, which the routes read themselves."""
+        made = self.openapi_schema is not None
+        document = super().openapi()
+        if not made:
+            document.setdefault("components", {}).setdefault("schemas", {}).update(_schemas())
+        return document
 
 
 def openai_app(contract: Contract, version: str) -> FastAPI:
@@ -52,7 +65,7 @@ def openai_app(contract: Contract, version: str) -> FastAPI:
 
     version: of the server
     """
-    app = FastAPI(title="kvmesh", version=version, docs_url=None, redoc_url=None)
+    app = _OpenAIApp(title="kvmesh", version=version, docs_url=None, redoc_url=None)
     api = OpenAIRoutes(contract, version)
 
     def route(method: str, path: str, operation: Operation, body: type[RequestBody] | None) -> None:
@@ -63,7 +76,7 @@ def openai_app(contract: Contract, version: str) -> FastAPI:
             except Exception as error:
                 return call.failed(error)
 
-        schema = _schema(body) if body else None
+        schema = {"$ref": f"{_SCHEMAS}{body.__name__}"} if body else None
         content = {"application/json": {"schema": schema}}
         app.add_api_route(
             path,
@@ -106,9 +119,14 @@ def openai_app(contract: Contract, version: str) -> FastAPI:
 
 
 @cache
-def _schema(body: type[RequestBody]) -> dict[str, Any]:
-    """For clients; making it takes milliseconds."""
-    return body.model_json_schema()
+def _schemas() -> dict[str, Any]:
+    """Of the bodies and what they consist of, by name, for clients; making them takes time."""
+    bodies = (ChatBody, CompletionBody, ResponseBody, TokenizeBody, DetokenizeBody)
+    _, found = models_json_schema(
+        [(body, "validation") for body in bodies], ref_template=_SCHEMAS + "{model}"
+    )
+    definitions: dict[str, Any] = found["$defs"]
+    return definitions
 
 
 class OpenAIRoutes:

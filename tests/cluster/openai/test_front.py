@@ -86,7 +86,33 @@ async def test_what_exists_is_listed(server: HttpServer) -> None:
     schema = (await server.http.get("/openapi.json")).json()
     assert {*POSTS, "/v1/models", "/health"} <= set(schema["paths"])
     body = schema["paths"]["/v1/completions"]["post"]["requestBody"]["content"]
-    assert "echo" in body["application/json"]["schema"]["properties"]
+    found = resolved(schema, body["application/json"]["schema"]["$ref"])
+    assert "echo" in found["properties"]
+    references = list(references_in(schema))
+    assert len(references) > len(POSTS)
+    for reference in references:
+        resolved(schema, reference)
+
+
+def references_in(node: Any) -> Iterable[str]:
+    if isinstance(node, dict):
+        for name, value in node.items():
+            if name == "$ref":
+                yield value
+            elif name == "discriminator":
+                yield from value.get("mapping", {}).values()
+            yield from references_in(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from references_in(value)
+
+
+def resolved(document: Any, reference: str) -> Any:
+    root, *names = reference.split("/")
+    assert root == "#"
+    for name in names:
+        document = document[name]
+    return document
 
 
 @pytest.mark.parametrize(
