@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Annotated, Any, TypeVar
 
 import msgspec
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from kvmesh.cluster.errors import UnsupportedFieldError
 from kvmesh.cluster.ingress.refuse import refuse
@@ -42,12 +51,51 @@ _EXPECTED = {
 _MAX_SHOWN_CHARS = 80
 
 
+@cache
+def _field_names(kind: type[BaseModel]) -> frozenset[str]:
+    return frozenset(field.alias or name for name, field in kind.model_fields.items())
+
+
+def _fail_fast(schema: Any) -> None:
+    """Have each list and object in a schema stop at its first error."""
+    if isinstance(schema, dict):
+        if schema.get("type") in ("list", "dict"):
+            schema["fail_fast"] = True
+        for part in schema.values():
+            _fail_fast(part)
+    elif isinstance(schema, list | tuple):
+        for part in schema:
+            _fail_fast(part)
+
+
 class RequestBody(BaseModel):
-    """A part of a request. Unknown fields are errors; a number is not taken for a string."""
+    """A part of a request. Unknown fields are errors; a number is not taken for a string.
+
+    Only the first error is reported, so none is collected for every element of a list or object:
+    16 MiB can have millions, and the interpreter's lock is held meanwhile.
+    """
 
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=()
     )
+
+    @classmethod
+    def __get_pydantic_core_schema__(
+        cls, source: type[BaseModel], handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        schema = handler(source)
+        _fail_fast(schema)
+        return schema
+
+    @model_validator(mode="before")
+    @classmethod
+    def _know_all_fields(cls, values: object) -> object:
+        if isinstance(values, dict):
+            known = _field_names(cls)
+            for name in values:
+                if name not in known:
+                    raise PydanticCustomError("unknown_field", "unknown field", {"name": name})
+        return values
 
 
 Body = TypeVar("Body", bound=RequestBody)
@@ -90,7 +138,8 @@ def _first(error: ValidationError) -> InvalidFieldError:
     match found["type"]:
         case "missing":
             return InvalidFieldError(path, "is required")
-        case "extra_forbidden":
+        case "unknown_field":
+            path = path_of((*found["loc"], found["ctx"]["name"]))
             return UnsupportedFieldError(path, "is not a field that this server knows")
         case "unsupported":
             return UnsupportedFieldError(path, "is not supported by this server")
