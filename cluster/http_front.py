@@ -104,7 +104,7 @@ class HttpFront:
                 self._meters.call(path, call.outcome, call.tenant or None)
 
     def _admit(self, call: HttpCall, scope: Scope) -> None:
-        if scope["path"] in KEYLESS:
+        if (scope["method"], scope["path"]) in KEYLESS:
             return
         caller = self._reception.caller(call.headers.items())
         call.tenant = caller.tenant

@@ -42,8 +42,8 @@ from kvmesh.cluster.openai.usage import kv_bytes
 from kvmesh.v1 import kvmesh_pb2 as pb
 
 CALL = "kvmesh.call"  # where the front puts the HttpCall in the scope
-# Answered without a key, as probes have none.
-KEYLESS = frozenset({"/health"})
+# Answered without a key, as probes have none. They send no body either: none is received.
+KEYLESS = frozenset({("GET", "/health"), ("HEAD", "/health")})
 
 _SCHEMAS = "#/components/schemas/"  # where a document's references lead
 

@@ -47,13 +47,23 @@ async def until(holds: Any) -> None:
 
 
 @pytest.mark.parametrize("authorization", [None, "Bearer wrong", "Basic x"])
-@pytest.mark.parametrize("path", [*POSTS, "/v1/models", "/version", "/openapi.json", "/nothing"])
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        *(("POST", path) for path in [*POSTS, "/health"]),
+        *(("GET", path) for path in ["/v1/models", "/version", "/openapi.json", "/nothing"]),
+    ],
+)
 async def test_unknown_callers_are_refused_before_they_send(
-    server: HttpServer, contract: ScriptedContract, path: str, authorization: str | None
+    server: HttpServer,
+    contract: ScriptedContract,
+    method: str,
+    path: str,
+    authorization: str | None,
 ) -> None:
     """The reply comes while the body is still missing, so nothing of it can be read."""
     reader, writer = await asyncio.open_connection(*server.url.removeprefix("http://").split(":"))
-    method, length = ("POST", 100) if path in POSTS else ("GET", 0)
+    length = 100 if method == "POST" else 0
     key = f"authorization: {authorization}\r\n" if authorization else ""
     head = f"{method} {path} HTTP/1.1\r\nhost: x\r\n{key}content-length: {length}\r\n\r\n"
     writer.write(head.encode())
