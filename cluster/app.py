@@ -229,7 +229,7 @@ class IngressReplica:
         limits = limits_of(config)
         self._drain_s = config.timeouts.drain_s
         self._service, self._codec = make_ingress(
-            config, deployed.identity, router_finder(router), meters
+            config, deployed.identity, router_finder(router), meters, limits
         )
         authenticator = Authenticator(known_keys(config.auth))
         self._keys = asyncio.create_task(follow_keys(config.auth, authenticator, meters.keys))

@@ -25,6 +25,7 @@ def make_ingress(
     identity: Identity,
     find_router: Callable[[], Awaitable[Address]],
     meters: IngressMeters,
+    limits: Limits,
 ) -> tuple[IngressService, ModelCodec]:
     """The service, not started, and the codec that it uses, which its owner closes.
 
@@ -41,7 +42,7 @@ def make_ingress(
         identity,
         find_router,
         codec,
-        limits_of(config),
+        limits,
         meters,
         version=package_version(),
         model_names=frozenset({config.model, name}),

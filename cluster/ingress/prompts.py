@@ -34,7 +34,6 @@ from kvmesh.workers.request import TokenIds
 LONG_TEXT_CHARS = 4096  # tokenising longer texts would delay every stream
 LONG_PROMPT_TOKENS = 1 << 16  # and so would hashing longer prompts
 LONG_THREADS = 2
-MAX_WAITING = 16  # long prompts of one tenant that wait for a thread
 
 T = TypeVar("T")
 
@@ -42,8 +41,9 @@ T = TypeVar("T")
 class Prompts:
     """All methods belong to one event loop."""
 
-    def __init__(self, codec: TextCodec) -> None:
+    def __init__(self, codec: TextCodec, limits: validate.Limits) -> None:
         self._codec = codec
+        self._max_waiting = limits.max_waiting_prompts
         self._long = ThreadPoolExecutor(LONG_THREADS, "kvmesh-long-prompts")
         self._chats = ThreadPoolExecutor(1, "kvmesh-chats")
         self._given_chats = ThreadPoolExecutor(1, "kvmesh-given-chats")
@@ -158,8 +158,8 @@ class Prompts:
 
         executor: by default that of long prompts
         """
-        if self._waiting[tenant] >= MAX_WAITING:
-            raise IngressBusyError(f"{MAX_WAITING} long prompts wait to be tokenised already")
+        if self._waiting[tenant] >= self._max_waiting:
+            raise IngressBusyError(f"{self._max_waiting} long prompts wait to be tokenised already")
         turn, loop = self._turns[tenant], asyncio.get_running_loop()
         self._waiting[tenant] += 1
         try:

@@ -63,8 +63,8 @@ class IngressService:
         self._traces = traces
         self._router = RouterLink(identity, find_router)
         self._engines = EngineLinks(identity)
-        self._prompts = Prompts(codec)
-        self._planner = AnswerPlanner(codec)
+        self._prompts = Prompts(codec, limits)
+        self._planner = AnswerPlanner(codec, limits.max_waiting_grammars)
         self._meters = meters
         self._served = Served(self._router, model_names, self._measure)
         self._preparation = Preparation(

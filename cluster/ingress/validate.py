@@ -27,7 +27,11 @@ MAX_SALT_CHARS = 256
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds a server sets; cluster/config.py documents them."""
+    """Bounds a server sets; cluster/config.py documents those that are settings.
+
+    max_waiting_prompts, max_waiting_grammars: of one tenant; more long ones are refused, as the
+        memory of a server is bounded. Callers in the same process bound that themselves, and wait
+    """
 
     max_request_bytes: int = 16 << 20
     max_stop_strings: int = 16
@@ -35,6 +39,8 @@ class Limits:
     max_choices: int = 16
     default_max_tokens: int = 256
     max_timeout_s: float | None = None
+    max_waiting_prompts: int = 16
+    max_waiting_grammars: int = 64
 
 
 Prompt = str | Conversation | TokenIds

@@ -20,6 +20,7 @@ import os
 import sys
 import traceback
 from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import replace
 
 from kvmesh.cluster.config import ClusterConfig
 from kvmesh.cluster.engine_service import EngineService
@@ -27,7 +28,7 @@ from kvmesh.cluster.identity import Identity
 from kvmesh.cluster.ingress.codec import ModelCodec
 from kvmesh.cluster.ingress.service import IngressService
 from kvmesh.cluster.link import Address, Listener, listen
-from kvmesh.cluster.make_ingress import make_ingress
+from kvmesh.cluster.make_ingress import limits_of, make_ingress
 from kvmesh.cluster.messages import TO_ROUTER
 from kvmesh.cluster.resources import check_layouts
 from kvmesh.cluster.router_service import RouterService
@@ -125,9 +126,14 @@ class LocalCluster:
         self._listener = await listen("127.0.0.1", self._identity, TO_ROUTER, self._router.accept)
         self._tasks.append(asyncio.create_task(self._router.run()))
         loading = asyncio.create_task(self._start_engine())
+        limits = replace(
+            limits_of(self._config),
+            max_waiting_prompts=QUEUE_LIMIT,
+            max_waiting_grammars=QUEUE_LIMIT,
+        )
         try:
             self.ingress, self._codec = make_ingress(
-                self._config, self._identity, self._find_router, self._meters
+                self._config, self._identity, self._find_router, self._meters, limits
             )
             self.ingress.start()
             await loading

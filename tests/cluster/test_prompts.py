@@ -13,7 +13,7 @@ from tokenizers import models, pre_tokenizers
 
 from kvmesh.cluster.errors import ContextExceededError, IngressBusyError
 from kvmesh.cluster.ingress.model_checks import check_tokens
-from kvmesh.cluster.ingress.prompts import LONG_TEXT_CHARS, MAX_WAITING, Prompts
+from kvmesh.cluster.ingress.prompts import LONG_TEXT_CHARS, Prompts
 from kvmesh.cluster.ingress.validate import Limits, generation_spec
 from kvmesh.cluster.reports import ClusterStatus
 from kvmesh.protos import pb
@@ -24,6 +24,7 @@ from tests.cluster.machine import LetterCodec, Machine, machine
 from tests.workers.memory_executor import VOCAB
 
 LONG = "a" * LONG_TEXT_CHARS
+LIMITS = Limits()
 
 
 class GatedCodec(LetterCodec):
@@ -67,7 +68,7 @@ async def started(codec: GatedCodec) -> None:
 async def test_long_texts_leave_the_event_loops_thread(status: ClusterStatus) -> None:
     codec = GatedCodec()
     codec.gate.set()
-    prompts = Prompts(codec)
+    prompts = Prompts(codec, LIMITS)
     await prompts.encode("short", "t", status)
     await prompts.encode(LONG, "t", status)
     here = threading.get_ident()
@@ -101,7 +102,7 @@ async def test_the_event_loop_turns_while_a_long_text_is_tokenised(status: Clust
             await asyncio.sleep(0)
 
     spinning = asyncio.ensure_future(spin())
-    ids = await Prompts(BytesCodec()).encode("some words " * 50_000, "t", status)
+    ids = await Prompts(BytesCodec(), LIMITS).encode("some words " * 50_000, "t", status)
     spinning.cancel()
     assert len(ids) > 500_000
     assert turns > 10, "the lock was kept"
@@ -109,7 +110,7 @@ async def test_the_event_loop_turns_while_a_long_text_is_tokenised(status: Clust
 
 async def test_one_tenants_long_texts_leave_a_thread_to_others(status: ClusterStatus) -> None:
     codec = GatedCodec()
-    prompts = Prompts(codec)
+    prompts = Prompts(codec, LIMITS)
     own = [asyncio.ensure_future(prompts.encode(LONG, "a", status)) for _ in range(3)]
     await started(codec)
     other = asyncio.ensure_future(prompts.encode(LONG, "b", status))
@@ -121,9 +122,10 @@ async def test_one_tenants_long_texts_leave_a_thread_to_others(status: ClusterSt
 
 async def test_too_many_long_texts_are_refused_and_nothing_is_lost(status: ClusterStatus) -> None:
     codec = GatedCodec()
-    prompts = Prompts(codec)
+    prompts = Prompts(codec, LIMITS)
     tasks = [
-        asyncio.ensure_future(prompts.encode(LONG, "t", status)) for _ in range(MAX_WAITING + 1)
+        asyncio.ensure_future(prompts.encode(LONG, "t", status))
+        for _ in range(LIMITS.max_waiting_prompts + 1)
     ]
     await started(codec)
     with pytest.raises(IngressBusyError):
@@ -145,7 +147,7 @@ async def test_what_no_context_holds_is_refused_as_it_arrives(status: ClusterSta
     longest = max(report.info.max_model_len for report in status.reports.values())
     text = "a" * (longest * codec.max_token_chars + 1)
     turn = pb.ChatMessage(role="user", content=text)
-    prompts = Prompts(codec)
+    prompts = Prompts(codec, LIMITS)
     for prompt in (
         pb.Prompt(text=text),
         pb.Prompt(chat=pb.Chat(messages=[turn])),
@@ -163,12 +165,14 @@ async def test_a_template_may_not_make_a_prompt_that_no_context_holds(
     codec = GatedCodec()
     text = "a" * codec.max_token_chars
     with pytest.raises(ContextExceededError):
-        await Prompts(codec).encode(Conversation([{"role": "user", "content": text}]), "t", status)
+        await Prompts(codec, LIMITS).encode(
+            Conversation([{"role": "user", "content": text}]), "t", status
+        )
 
 
 @pytest.mark.parametrize("count", [3, LONG_TEXT_CHARS])
 async def test_ids_are_detokenised_or_named(status: ClusterStatus, count: int) -> None:
-    prompts = Prompts(LetterCodec())
+    prompts = Prompts(LetterCodec(), LIMITS)
     request = pb.DetokenizeRequest(token_ids=[0, 2, 3] * (count // 3))
     reply = await prompts.decode(request, "t", status)
     assert reply.text == "ACD" * (count // 3)
@@ -182,7 +186,7 @@ async def test_ids_are_detokenised_or_named(status: ClusterStatus, count: int) -
 async def test_ids_without_a_token_are_refused_everywhere(status: ClusterStatus) -> None:
     codec = LetterCodec()
     codec.unused_token_ids = frozenset({7})
-    prompts = Prompts(codec)
+    prompts = Prompts(codec, LIMITS)
     with pytest.raises(InvalidFieldError) as caught:
         await prompts.decode(pb.DetokenizeRequest(token_ids=[1, 7]), "t", status)
     assert caught.value.field == "token_ids[1]"
@@ -213,7 +217,7 @@ async def test_what_stands_for_an_image_is_refused_in_prompts(
 ) -> None:
     codec = LetterCodec()
     spec = generation_spec(pb.GenerateRequest(prompt=prompt), Limits())
-    ids = await Prompts(codec).encode(spec.prompt, "t", status)
+    ids = await Prompts(codec, LIMITS).encode(spec.prompt, "t", status)
     check_tokens(spec, ids, VOCAB)
     with pytest.raises(InvalidFieldError, match=r"token 7, .*\(image_token_index") as caught:
         check_tokens(spec, ids, VOCAB, placeholders={7: "image_token_index"})

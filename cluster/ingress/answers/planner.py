@@ -18,7 +18,6 @@ from kvmesh.cluster.ingress.refuse import refuse
 from kvmesh.workers.request import TokenIds
 
 GRAMMAR_TIMEOUT_S = 10.0
-MAX_WAITING = 64  # grammars of one tenant that wait for a thread
 _KEPT = 256
 _THREADS = 2
 
@@ -26,10 +25,13 @@ _THREADS = 2
 class AnswerPlanner:
     """All methods belong to one event loop. New grammars of a tenant are tried one at a time, and
     each once, however many requests have it and whichever of them are still there.
+
+    max_waiting: grammars of one tenant
     """
 
-    def __init__(self, codec: TextCodec) -> None:
+    def __init__(self, codec: TextCodec, max_waiting: int) -> None:
         self._codec = codec
+        self._max_waiting = max_waiting
         self._threads = ThreadPoolExecutor(_THREADS, "kvmesh-grammars")
         self._turns: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(1))
         self._waiting: Counter[str] = Counter()  # by tenant
@@ -50,8 +52,8 @@ class AnswerPlanner:
             self._kept.move_to_end(key)
             return found
         if (planning := self._planning.get(key)) is None:
-            if self._waiting[tenant] >= MAX_WAITING:
-                raise IngressBusyError(f"{MAX_WAITING} grammars wait to be compiled already")
+            if self._waiting[tenant] >= self._max_waiting:
+                raise IngressBusyError(f"{self._max_waiting} grammars wait to be compiled already")
             self._waiting[tenant] += 1
             work = partial(plan_answer, spec, model, reasoning)
             planning = asyncio.create_task(self._compile(key, spec, tenant, work))

@@ -12,12 +12,14 @@ from kvmesh.cluster.errors import IngressBusyError
 from kvmesh.cluster.ingress.answers import planner
 from kvmesh.cluster.ingress.answers.model_form import ModelForm
 from kvmesh.cluster.ingress.answers.plan import AnswerPlan, AnswerSpec, StructuredSpec
-from kvmesh.cluster.ingress.answers.planner import MAX_WAITING, AnswerPlanner
+from kvmesh.cluster.ingress.answers.planner import AnswerPlanner
 from kvmesh.cluster.ingress.refuse import refuse
 from kvmesh.workers.constraint import Reasoning
 from kvmesh.workers.errors import InvalidFieldError
 from tests.cluster.machine import LetterCodec
 from tests.cluster.openai.test_front import until
+
+MAX_WAITING = 4
 
 
 class Grammars:
@@ -49,7 +51,7 @@ def grammars(monkeypatch: pytest.MonkeyPatch) -> Iterator[Grammars]:
 
 @pytest.fixture
 def plans() -> Iterator[AnswerPlanner]:
-    made = AnswerPlanner(LetterCodec())
+    made = AnswerPlanner(LetterCodec(), MAX_WAITING)
     yield made
     made.close()
 
@@ -117,7 +119,7 @@ async def test_a_plan_is_kept_for_prompts_that_leave_the_model_at_the_same_place
 ) -> None:
     codec = LetterCodec()
     codec.form = ModelForm(("b", "e"), None, {})
-    plans = AnswerPlanner(codec)
+    plans = AnswerPlanner(codec, MAX_WAITING)
     grammars.gate.set()
     for tail in ("x", "y", "xb", "yb", "xe", "y"):
         spec = AnswerSpec(StructuredSpec("regex", "a"), is_chat=True)

@@ -7,7 +7,8 @@ import json
 import math
 import pickle
 import re
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Coroutine, Iterator
 from functools import cache
 from typing import Any
 
@@ -27,6 +28,9 @@ from kvmesh import (
     SamplingParams,
     UnknownOptionError,
 )
+from kvmesh.cluster.ingress import prompts
+from kvmesh.cluster.ingress.answers import planner
+from kvmesh.cluster.ingress.answers.plan import plan_answer
 from kvmesh.cluster.offline.arguments import offline_config
 from tests.cluster.offline.tiny_llm import GREEDY, tiny_llm
 from tests.workers.structured.tiny import PADDING, model_path, tokenizer
@@ -83,6 +87,40 @@ def test_a_prompt_may_be_text_ids_or_a_chat(llm: LLM) -> None:
     answers += llm.generate([CHAT], max_tokens=6, **GREEDY)
     assert len(set(ids_of(answers))) == 1
     assert answers[0].usage.prompt_tokens > len(tokenizer().encode("The ranks?"))
+
+
+@pytest.mark.parametrize("grammars", [False, True])
+def test_any_number_waits_for_a_thread(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, grammars: bool
+) -> None:
+    """Long texts, or grammars, that all have come before the first is done."""
+    number, asked, all_asked = 80, itertools.count(1), threading.Event()
+
+    def noted(ask: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Any]:
+        async def note_and_ask(*args: Any) -> Any:
+            if next(asked) == number:
+                all_asked.set()
+            return await ask(*args)
+
+        return note_and_ask
+
+    def held(work: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: all_asked.wait(60) and work(*args)
+
+    ingress = llm._cluster.ingress
+    if grammars:
+        monkeypatch.setattr(ingress._planner, "plan", noted(ingress._planner.plan))
+        monkeypatch.setattr(planner, "plan_answer", held(plan_answer))
+    else:
+        codec = ingress._prompts._codec
+        monkeypatch.setattr(prompts, "LONG_TEXT_CHARS", 1)
+        monkeypatch.setattr(ingress._prompts, "encode", noted(ingress._prompts.encode))
+        monkeypatch.setattr(codec, "encode", held(codec.encode))
+    monkeypatch.setattr(llm, "_at_once", number)
+    each = [SamplingParams(max_tokens=1) for _ in range(number)]
+    if grammars:
+        each = [SamplingParams(structured_output={"regex": f"a{n}"}) for n in range(number)]
+    assert len(llm.generate(["x"] * number, each)) == number
 
 
 def test_nothing_gives_nothing(llm: LLM) -> None:
