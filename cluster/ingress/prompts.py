@@ -3,25 +3,23 @@
 The tokenizer and the hashes release the interpreter's lock while they work. Long prompts are
 computed in LONG_THREADS threads, one at a time of each tenant, so that nobody has all of them.
 Chats have a thread of their own, because a template may take long, and those with a template of
-their own another one.
+their own another one, which tenants have in turn, too.
 """
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-from collections import Counter, defaultdict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 
-from kvmesh.cluster.errors import IngressBusyError
 from kvmesh.cluster.ingress import served, validate, wire
 from kvmesh.cluster.ingress.codec import TextCodec
 from kvmesh.cluster.ingress.model_checks import PROMPT_IDS, check_ids
 from kvmesh.cluster.ingress.refuse import refuse
+from kvmesh.cluster.ingress.tenant_threads import TenantThreads
 from kvmesh.cluster.reports import ClusterStatus
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import InvalidFieldError
@@ -43,12 +41,10 @@ class Prompts:
 
     def __init__(self, codec: TextCodec, limits: validate.Limits) -> None:
         self._codec = codec
-        self._max_waiting = limits.max_waiting_prompts
-        self._long = ThreadPoolExecutor(LONG_THREADS, "kvmesh-long-prompts")
-        self._chats = ThreadPoolExecutor(1, "kvmesh-chats")
-        self._given_chats = ThreadPoolExecutor(1, "kvmesh-given-chats")
-        self._turns: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(1))
-        self._waiting: Counter[str] = Counter()  # by tenant
+        max_long = limits.max_waiting_prompts
+        self._long = TenantThreads(LONG_THREADS, "long prompts", max_long)
+        self._chats = TenantThreads(1, "chats", limits.max_waiting_chats)
+        self._given_chats = TenantThreads(1, "chats with templates", max_long)
 
     async def of(self, prompt: pb.Prompt, tenant: str, status: ClusterStatus) -> TokenIds:
         """Token ids of a prompt on the wire. Raises what the methods below raise."""
@@ -74,7 +70,7 @@ class Prompts:
         """Token ids of a prompt that has passed `check_length`.
 
         Raises InvalidFieldError for ids that the model does not have and for chats that its
-        template refuses, and IngressBusyError if too many long prompts of the tenant wait.
+        template refuses, and IngressBusyError if too much of the tenant waits for a thread.
         """
         if isinstance(prompt, np.ndarray):
             vocab_size = served.any_info(status).vocab_size
@@ -84,7 +80,7 @@ class Prompts:
         if isinstance(prompt, str):
             if len(prompt) < LONG_TEXT_CHARS:
                 return self._codec.encode(prompt)
-            return await self._in_thread(tenant, lambda: self._codec.encode(prompt))
+            return await self._run_long(tenant, lambda: self._codec.encode(prompt))
         return await self._encode_chat(prompt, tenant, status)
 
     async def decode(
@@ -104,7 +100,7 @@ class Prompts:
 
         if len(ids) < LONG_TEXT_CHARS:
             return decode()
-        return await self._in_thread(tenant, decode)
+        return await self._run_long(tenant, decode)
 
     async def page_hashes(
         self, ids: TokenIds, tenant: str, salt: str, info: EngineInfo
@@ -117,13 +113,12 @@ class Prompts:
         pages = len(ids) // page_size
         if len(ids) < LONG_PROMPT_TOKENS:
             return tuple(digests.upto(ids, pages))
-        return await self._in_thread(tenant, lambda: tuple(digests.upto(ids, pages)))
+        return await self._run_long(tenant, lambda: tuple(digests.upto(ids, pages)))
 
     def close(self) -> None:
         """Wait for nothing: what runs ends by itself."""
-        self._long.shutdown(wait=False, cancel_futures=True)
-        self._given_chats.shutdown(wait=False, cancel_futures=True)
-        self._chats.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._long, self._chats, self._given_chats):
+            threads.close()
 
     async def _encode_chat(
         self, chat: Conversation, tenant: str, status: ClusterStatus
@@ -140,35 +135,21 @@ class Prompts:
                 raise served.context_exceeded(tokens, status)
             return self._codec.encode_pieces(pieces)
 
+        def encode_and_clean() -> TokenIds:
+            ids = encode()
+            if len(ids) > LONG_PROMPT_TOKENS:
+                return_memory()
+            return ids
+
         try:
             if chat.template:
-                ids = await self._in_thread(tenant, encode, self._given_chats)
-            else:
-                ids = await asyncio.get_running_loop().run_in_executor(self._chats, encode)
+                return await self._given_chats.run(tenant, partial(_returning_memory, encode))
+            return await self._chats.run(tenant, encode_and_clean)
         except InvalidFieldError as error:
             refuse(f"prompt.chat.{error.field}", error.message)
-        if len(ids) > LONG_PROMPT_TOKENS:
-            self._chats.submit(return_memory)
-        return ids
 
-    async def _in_thread(
-        self, tenant: str, work: Callable[[], T], executor: ThreadPoolExecutor | None = None
-    ) -> T:
-        """Run a tenant's work when it is its turn; a caller that leaves does not end its turn.
-
-        executor: by default that of long prompts
-        """
-        if self._waiting[tenant] >= self._max_waiting:
-            raise IngressBusyError(f"{self._max_waiting} long prompts wait to be tokenised already")
-        turn, loop = self._turns[tenant], asyncio.get_running_loop()
-        self._waiting[tenant] += 1
-        try:
-            await turn.acquire()
-        finally:
-            self._waiting[tenant] -= 1
-        job = (executor or self._long).submit(_returning_memory, work)
-        job.add_done_callback(lambda _: loop.call_soon_threadsafe(turn.release))
-        return await asyncio.wrap_future(job)
+    async def _run_long(self, tenant: str, work: Callable[[], T]) -> T:
+        return await self._long.run(tenant, partial(_returning_memory, work))
 
 
 def _returning_memory(work: Callable[[], T]) -> T:

@@ -29,8 +29,10 @@ MAX_SALT_CHARS = 256
 class Limits:
     """Bounds a server sets; cluster/config.py documents those that are settings.
 
-    max_waiting_prompts, max_waiting_grammars: of one tenant; more long ones are refused, as the
-        memory of a server is bounded. Callers in the same process bound that themselves, and wait
+    max_waiting_...: of one tenant; more are refused, as the memory of a server is bounded.
+        Callers in the same process bound that themselves, and wait
+    max_waiting_prompts: long ones, and chats with a template of their own
+    max_waiting_chats: half as many as an ingress has calls, so that others have the rest
     """
 
     max_request_bytes: int = 16 << 20
@@ -40,6 +42,7 @@ class Limits:
     default_max_tokens: int = 256
     max_timeout_s: float | None = None
     max_waiting_prompts: int = 16
+    max_waiting_chats: int = 512
     max_waiting_grammars: int = 64
 
 

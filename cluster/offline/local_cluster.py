@@ -129,6 +129,7 @@ class LocalCluster:
         limits = replace(
             limits_of(self._config),
             max_waiting_prompts=QUEUE_LIMIT,
+            max_waiting_chats=QUEUE_LIMIT,
             max_waiting_grammars=QUEUE_LIMIT,
         )
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,10 @@ from tests.workers.memory_executor import VOCAB
 
 LONG = "a" * LONG_TEXT_CHARS
 LIMITS = Limits()
+
+
+def chat(text: str, template: str = "") -> Conversation:
+    return Conversation([{"role": "user", "content": text}], template=template)
 
 
 class GatedCodec(LetterCodec):
@@ -142,6 +147,52 @@ async def test_too_many_long_texts_are_refused_and_nothing_is_lost(status: Clust
     assert len(await last) == 10
 
 
+class ChatCodec(GatedCodec):
+    """Chats wait in their thread until the gate is open. chats: what they say, in order"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.chats: list[str] = []
+
+    def render_chat(self, chat: Conversation) -> list[PromptPiece]:
+        self.chats.append(chat.messages[0]["content"])
+        self.running.release()
+        assert self.gate.wait(60)
+        return [PromptPiece("A", literal=False)]
+
+
+@pytest.mark.parametrize("template", ["", "given"])
+async def test_tenants_have_the_thread_of_chats_in_turn(
+    status: ClusterStatus, template: str
+) -> None:
+    codec = ChatCodec()
+    prompts = Prompts(codec, LIMITS)
+
+    def ask(text: str, tenant: str) -> asyncio.Future[Any]:
+        return asyncio.ensure_future(prompts.encode(chat(text, template), tenant, status))
+
+    own = [ask(f"a{n}", "a") for n in range(3)]
+    await started(codec)
+    other = ask("b", "b")
+    await asyncio.sleep(0)  # it has asked for the thread
+    codec.gate.set()
+    await asyncio.gather(*own, other)
+    assert codec.chats == ["a0", "b", "a1", "a2"]
+
+
+async def test_too_many_chats_of_one_tenant_are_refused(status: ClusterStatus) -> None:
+    codec = ChatCodec()
+    prompts = Prompts(codec, Limits(max_waiting_chats=2))
+    own = [asyncio.ensure_future(prompts.encode(chat("a"), "a", status)) for _ in range(3)]
+    await started(codec)
+    with pytest.raises(IngressBusyError, match="2 chats wait for a thread already"):
+        await prompts.encode(chat("a"), "a", status)
+    other = asyncio.ensure_future(prompts.encode(chat("b"), "b", status))
+    codec.gate.set()
+    await asyncio.gather(*own, other)
+    await prompts.encode(chat("a"), "a", status)
+
+
 async def test_what_no_context_holds_is_refused_as_it_arrives(status: ClusterStatus) -> None:
     codec = GatedCodec()
     longest = max(report.info.max_model_len for report in status.reports.values())
@@ -165,9 +216,7 @@ async def test_a_template_may_not_make_a_prompt_that_no_context_holds(
     codec = GatedCodec()
     text = "a" * codec.max_token_chars
     with pytest.raises(ContextExceededError):
-        await Prompts(codec, LIMITS).encode(
-            Conversation([{"role": "user", "content": text}]), "t", status
-        )
+        await Prompts(codec, LIMITS).encode(chat(text), "t", status)
 
 
 @pytest.mark.parametrize("count", [3, LONG_TEXT_CHARS])
