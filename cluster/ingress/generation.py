@@ -20,7 +20,12 @@ from functools import partial
 
 import numpy as np
 
-from kvmesh.cluster.errors import EngineLostError, RequestDeadlineError, RequestFaultError
+from kvmesh.cluster.errors import (
+    EngineLostError,
+    NotReadyError,
+    RequestDeadlineError,
+    RequestFaultError,
+)
 from kvmesh.cluster.ingress import wire
 from kvmesh.cluster.ingress.answers.call_ids import call_id
 from kvmesh.cluster.ingress.attempt import Attempt
@@ -107,6 +112,8 @@ class Generation:
         )
         self._attempt: Attempt | None = None  # the latest
         self._failovers = Failovers()
+        # Whether its own deadline limits the wait for a place, and not the server's longest wait.
+        self._deadline_is_first = False
 
     async def events(self) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
         """The replies, in the contract's order; closing the generator ends the request.
@@ -160,12 +167,15 @@ class Generation:
             raise RequestIdInUseError(self._spec.request_id) from None
         except TimeoutError:
             self._end_overdue()
-        except DeadlineUnreachableError as error:
-            if error.timeout_s >= self._context.queue_timeout_s:
-                # The limit was the server's longest wait, not the request's own deadline.
+        except DeadlineUnreachableError:
+            if not self._deadline_is_first:
                 limit_s = self._context.queue_timeout_s
                 raise NoRoomError(f"no room within {limit_s:g} s", limit_s / 4) from None
             if self._attempt is None:
+                raise
+            self._end_overdue()
+        except NotReadyError:  # no router answered in that time
+            if not self._deadline_is_first:
                 raise
             self._end_overdue()
         self._output.absorb()
@@ -251,6 +261,7 @@ class Generation:
         longest = max(len(choice.token_ids) for choice in choices)
         again = self._attempt is not None
         remaining_s, limit_s = self._remaining_s(), self._context.queue_timeout_s
+        self._deadline_is_first = remaining_s is not None and remaining_s < limit_s
         return PlaceRequest(
             request_id=self._request.key,
             prompt_tokens=len(self._request.prompt_ids) + longest,

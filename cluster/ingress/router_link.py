@@ -43,6 +43,8 @@ from kvmesh.cluster.routing.outcome import BudgetEstimate, Explained, TenantStat
 from kvmesh.cluster.routing.request import PlaceRequest
 
 ANSWER_TIMEOUT_S = 15.0
+PLACE_GRACE_S = 0.5  # the router refuses a place itself in time, and says more
+MIN_TIMEOUT_S = 1e-3
 
 
 @dataclass(slots=True)
@@ -55,11 +57,25 @@ class HeldPlace:
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """One that has no answer yet. on_waiting: called with every Waiting before the answer"""
+    """One that has no answer yet.
+
+    on_waiting: called with every Waiting before the answer
+    due_s: when a place is of no use any more, on the event loop's clock
+    """
 
     message: Any
     answer: asyncio.Future[Any]
     on_waiting: Callable[[Waiting], None]
+    due_s: float | None = None
+
+    def again(self, now_s: float) -> Any:
+        """The message for another connection."""
+        if not isinstance(self.message, Place):
+            return self.message
+        left_s = None if self.due_s is None else max(self.due_s - now_s, MIN_TIMEOUT_S)
+        # The same router may still know the request from the lost connection.
+        request = replace(self.message.request, supersedes=True, timeout_s=left_s)
+        return Place(self.message.call, request)
 
 
 def _ignore(waiting: Waiting) -> None: ...
@@ -93,20 +109,19 @@ class RouterLink:
         """Wait for a lease; at the end it is given back unless sequences were submitted.
 
         on_waiting: called at once if the request has to wait, and again with news
-        Raises the tree of routing/errors.py, DrainingError.
+        Raises the tree of routing/errors.py, DrainingError; NotReadyError if there is no answer
+        when the request's `timeout_s` is over, as while there is no router.
         """
-        call = next(self._numbers)
-        answer = self._ask(Place(call, request), on_waiting)
+        due_s = ends_s = None
+        if request.timeout_s is not None:
+            due_s = asyncio.get_running_loop().time() + request.timeout_s
+            ends_s = due_s + PLACE_GRACE_S
         try:
-            placed = await answer
-        except asyncio.CancelledError:
-            if answer.cancelled():
-                self._send(Cancel(call))
-            elif answer.exception() is None:  # placed as this task was cancelled
-                self._send(Release(answer.result().lease.lease_id))
-            raise
-        assert isinstance(placed, Placed)
-        held = HeldPlace(placed)
+            async with asyncio.timeout_at(ends_s):
+                held = HeldPlace(await self._placed(request, on_waiting, due_s))
+        except TimeoutError:
+            raise NotReadyError("the router does not answer") from None
+        placed = held.placed
         try:
             yield held
         finally:
@@ -149,6 +164,22 @@ class RouterLink:
 
     # Within
 
+    async def _placed(
+        self, request: PlaceRequest, on_waiting: Callable[[Waiting], None], due_s: float | None
+    ) -> Placed:
+        call = next(self._numbers)
+        answer = self._ask(Place(call, request), on_waiting, due_s)
+        try:
+            placed = await answer
+        except asyncio.CancelledError:
+            if answer.cancelled():
+                self._send(Cancel(call))
+            elif answer.exception() is None:  # placed as this task was cancelled
+                self._send(Release(answer.result().lease.lease_id))
+            raise
+        assert isinstance(placed, Placed)
+        return placed
+
     async def _ask_soon(self, message: Any) -> Any:
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
@@ -157,11 +188,14 @@ class RouterLink:
             raise NotReadyError("the router does not answer") from None
 
     def _ask(
-        self, message: Any, on_waiting: Callable[[Waiting], None] = _ignore
+        self,
+        message: Any,
+        on_waiting: Callable[[Waiting], None] = _ignore,
+        due_s: float | None = None,
     ) -> asyncio.Future[Any]:
         """A future of the answer; cancelling it forgets the call."""
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._open[message.call] = _Call(message, answer, on_waiting)
+        self._open[message.call] = _Call(message, answer, on_waiting, due_s)
         answer.add_done_callback(lambda _: self._open.pop(message.call))
         self._send(message)
         return answer
@@ -173,12 +207,9 @@ class RouterLink:
     def _connected(self, connection: Link) -> RouterLink:
         """Send the open calls, which a new router does not know."""
         self._connection = connection
+        now_s = asyncio.get_running_loop().time()
         for call in self._open.values():
-            message = call.message
-            if isinstance(message, Place):
-                # The same router may still know the request from the lost connection.
-                message = Place(message.call, replace(message.request, supersedes=True))
-            connection.send(message)
+            connection.send(call.again(now_s))
         return self
 
     # The connection's handler

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,14 +13,22 @@ import pytest
 from kvmesh.cluster.errors import (
     ContextExceededError,
     EngineLostError,
+    Failure,
+    NotReadyError,
     RequestDeadlineError,
     ResumeMismatchError,
     UnknownModelError,
 )
-from kvmesh.cluster.ingress import generation
+from kvmesh.cluster.ingress import generation, router_link
 from kvmesh.cluster.ingress.error_table import to_wire
 from kvmesh.cluster.ingress.failovers import MAX_FAILOVERS
-from kvmesh.cluster.routing.errors import NoAllowedFormatError, RequestIdInUseError
+from kvmesh.cluster.messages import CallFailed, Place
+from kvmesh.cluster.routing.errors import (
+    DeadlineUnreachableError,
+    NoAllowedFormatError,
+    NoRoomError,
+    RequestIdInUseError,
+)
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import InvalidFieldError, PoolCapacityError, WorkerDiedError
 from kvmesh.workers.sizes import PageNeed
@@ -604,6 +613,60 @@ async def test_the_engine_ends_an_overdue_sequence(
     assert received.reason() == "deadline"
     assert one.leaders["g0"].account.loads.outcomes_total.get("deadline") == 1
     assert one.engines["g0"].ended == []
+
+
+@pytest.mark.parametrize(
+    ("timeout_s", "error", "reason"),
+    [
+        (900.0, RequestDeadlineError, pb.ERROR_REASON_DEADLINE_EXCEEDED),
+        (1100.0, NotReadyError, pb.ERROR_REASON_NOT_READY),
+        (None, NotReadyError, pb.ERROR_REASON_NOT_READY),
+    ],
+)
+async def test_nobody_waits_longer_because_there_is_no_router(
+    one: Machine,
+    timeout_s: float | None,
+    error: type[Exception],
+    reason: pb.ErrorReason.ValueType,
+) -> None:
+    one.ingress._context = replace(one.ingress._context, queue_timeout_s=1000.0)
+    link = one.ingress._router
+    one.router.die()
+    await one.until(lambda: not link.connected)
+
+    async def read_all() -> None:
+        async for _ in one.stream(make_request(600, timeout_s=timeout_s)):
+            pass
+
+    reading = asyncio.create_task(read_all())
+    await one.until(lambda: any(isinstance(call.message, Place) for call in link._open.values()))
+    skip(1000.0 + router_link.PLACE_GRACE_S)
+    with pytest.raises(error) as caught:
+        await reading
+    assert to_wire(caught.value).reason == reason
+    await one.new_router()
+
+
+@pytest.mark.parametrize("left_s", [1000.0, 500.0])
+async def test_a_wait_that_the_server_limits_ends_without_room(one: Machine, left_s: float) -> None:
+    """left_s: of that limit, when a router refused it"""
+    one.ingress._context = replace(one.ingress._context, queue_timeout_s=1000.0)
+    link = one.ingress._router
+    one.router.die()
+    await one.until(lambda: not link.connected)
+
+    async def read_all() -> None:
+        async for _ in one.stream(make_request(600, timeout_s=1100.0)):
+            pass
+
+    reading = asyncio.create_task(read_all())
+    await one.until(lambda: any(isinstance(call.message, Place) for call in link._open.values()))
+    (call,) = (call for call in link._open.values() if isinstance(call.message, Place))
+    failure = Failure.of(DeadlineUnreachableError(left_s, None))
+    link.received(CallFailed(call.message.call, failure))
+    with pytest.raises(NoRoomError, match="no room within 1000 s"):
+        await reading
+    await one.new_router()
 
 
 # Resuming

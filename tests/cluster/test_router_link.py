@@ -206,6 +206,44 @@ async def test_open_calls_are_made_again_over_the_next_connection() -> None:
     assert third.take() == [Drain()]
 
 
+async def test_a_repeated_place_has_the_time_that_is_left() -> None:
+    link, wire = linked()
+    request = ask("a", timeout_s=1000.0)
+
+    async def place() -> None:
+        async with link.place(request):
+            pass
+
+    waits = asyncio.create_task(place())
+    await turns()
+    (first,) = wire.take()
+    assert isinstance(first, Place) and first.request == request
+    link.lost()
+    (repeated,) = connect(link).take()
+    assert isinstance(repeated, Place)
+    assert repeated.request.timeout_s is not None
+    assert 900 < repeated.request.timeout_s < 1000
+    (call,) = link._open.values()
+    assert call.due_s is not None
+    assert call.again(call.due_s + 1).request.timeout_s > 0, "the router refuses it at once"
+    waits.cancel()
+    await asyncio.wait([waits])
+
+
+@pytest.mark.parametrize("connected", [False, True])
+async def test_a_place_is_waited_for_until_its_time_is_over(
+    monkeypatch: pytest.MonkeyPatch, connected: bool
+) -> None:
+    monkeypatch.setattr(router_link, "PLACE_GRACE_S", 0.0)
+    link = RouterLink(IDENTITY, nowhere)
+    wire = connect(link) if connected else Wire()
+    with pytest.raises(NotReadyError, match="the router does not answer"):
+        async with asyncio.timeout(PATIENCE_S), link.place(ask("a", timeout_s=1e-3)):
+            pass
+    assert not link._open, "it is not asked again later"
+    assert wire.take()[1:] == ([Cancel(1)] if connected else [])
+
+
 RESULT: Any = object()  # the link does not look into what it hands over
 
 
