@@ -213,13 +213,20 @@ _GGUF_NAMES = {
 
 
 def make_small_gguf(
-    file: Path, source: Path, leave_out: str = "", *, pieces: bool = False, **metadata: Any
+    file: Path,
+    source: Path,
+    leave_out: str = "",
+    *,
+    pieces: bool = False,
+    pre: str = "gpt-2",
+    **metadata: Any,
 ) -> Path:
     """The model in directory `source` as a GGUF file, including its tokenizer, as llama.cpp
     writes it.
 
     leave_out: name of a tensor; metadata: further keys, with __ for dots
     pieces: with a tokenizer of SentencePiece instead of the model's own
+    pre: what llama.cpp calls the way in which text is split; none if empty
     """
     model = transformers.AutoModelForCausalLM.from_pretrained(source)
     config = model.config
@@ -258,7 +265,8 @@ def make_small_gguf(
         _add_pieces(writer, config.vocab_size)
     else:
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("gpt-2")
+        if pre:
+            writer.add_tokenizer_pre(pre)
         writer.add_token_list(sorted(raw["vocab"], key=raw["vocab"].__getitem__))
         writer.add_token_types([3, 3, 3] + [1] * (len(raw["vocab"]) - 3))
         writer.add_token_merges([" ".join(pair) for pair in raw["merges"]])

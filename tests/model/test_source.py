@@ -204,6 +204,37 @@ def test_a_gguf_with_pieces_keeps_its_tokens(tmp_path: Path) -> None:
     assert tokenizer.decode(ids[1:-1]) == "a the é"
 
 
+def test_a_gguf_of_smollm_splits_digits_first(copy: Path, tmp_path: Path) -> None:
+    """Before a digit, GPT-2's splitting takes the last newline for itself."""
+    tokenizer_file = copy / "tokenizer.json"
+    content = json.loads(tokenizer_file.read_text())
+    vocab, merges = content["model"]["vocab"], content["model"]["merges"]
+    for number, merged in enumerate((["1", "2"], ["Ċ", "Ċ"]), start=1):
+        vocab["".join(merged)] = vocab.pop("".join(merges[-number]))
+        merges[-number] = merged
+    tokenizer_file.write_text(json.dumps(content))
+    ids = {}
+    for pre in ("smollm", "gpt-2"):
+        file = make_small_gguf(tmp_path / f"{pre}.gguf", copy, pre=pre)
+        tokenizer = Tokenizer.load(resolve_model(str(file), root=tmp_path / "store").path)
+        ids[pre] = tokenizer.encode("a\n\n12", add_special_tokens=False)
+    assert list(ids["smollm"]) == [vocab[token] for token in ("a", "ĊĊ", "1", "2")]
+    assert list(ids["gpt-2"]) == [vocab[token] for token in ("a", "Ċ", "Ċ", "12")]
+
+
+@pytest.mark.parametrize(
+    ("pre", "reason"),
+    [("deepseek-llm", r"'deepseek-llm' \(tokenizer\.ggml\.pre\)"), ("", "does not say how")],
+)
+def test_a_gguf_whose_text_is_split_otherwise_is_refused(
+    llama: Path, tmp_path: Path, pre: str, reason: str
+) -> None:
+    file = make_small_gguf(tmp_path / "other.gguf", llama, pre=pre)
+    with pytest.raises(UnsupportedModelError, match=reason):
+        resolve_model(str(file), root=tmp_path / "store")
+    assert [path for path in tmp_path.glob("store/*") if path.is_dir()] == []
+
+
 @pytest.mark.parametrize(
     ("metadata", "reason"),
     [

@@ -15,6 +15,7 @@ from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.model.architectures import ARCHITECTURES
 from kvmesh.workers.model.gguf_config import config_of_gguf
 from kvmesh.workers.model.gguf_metadata import GGUFMetadata
+from kvmesh.workers.model.gguf_tokenizer import check_splitting, convert_tokenizer
 
 _MAGIC = b"GGUF"
 _BYTES_PER_GGUF_BYTE = 8  # float32 from 4-bit blocks
@@ -41,7 +42,7 @@ def check_gguf(file: Path) -> dict[str, Any]:
     Raises UnsupportedModelError for a file whose conversion would lose something or was never
     checked, ConfigError naming a file that is malformed.
     """
-    return config_of_gguf(_metadata(file, _read(file)))
+    return _config(_metadata(file, _read(file)))
 
 
 def convert_gguf(file: Path, target: Path) -> None:
@@ -49,16 +50,18 @@ def convert_gguf(file: Path, target: Path) -> None:
 
     Raises as `check_gguf`, and for tensors that are missing or not of the model.
     """
-    from transformers import PreTrainedTokenizerFast
-
     reader = _read(file)
     metadata = _metadata(file, reader)
-    config = config_of_gguf(metadata)
+    config = _config(metadata)
     (target / "config.json").write_text(json.dumps(config, indent=2))
     names = _names(file, metadata, config)
     _save(_tensors(reader, names, metadata.architecture, config), target)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(file.parent, gguf_file=file.name)
-    tokenizer.save_pretrained(target)
+    convert_tokenizer(file, metadata, target)
+
+
+def _config(metadata: GGUFMetadata) -> dict[str, Any]:
+    check_splitting(metadata)
+    return config_of_gguf(metadata)
 
 
 def _read(file: Path) -> Any:
@@ -77,7 +80,8 @@ def _metadata(file: Path, reader: Any) -> GGUFMetadata:
         values = {
             name: entry.contents()
             for name, entry in reader.fields.items()
-            if not name.startswith("tokenizer.ggml.") or name.endswith("_token_id")
+            if not name.startswith("tokenizer.ggml.")
+            or name.endswith(("_token_id", ".model", ".pre"))
         }
     except (ValueError, IndexError, KeyError) as error:
         raise ConfigError("model", f"{file} is not a complete GGUF file: {error}") from error

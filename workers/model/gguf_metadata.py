@@ -37,7 +37,7 @@ class GGUFMetadata:
             if name.startswith(prefix)
         }
         self._unread = {name for name, value in self._values.items() if value not in _NEUTRAL}
-        self._tokenizer = values
+        self._all_values = values
         self.shapes = shapes
         self.factors = dict(factors)
 
@@ -81,9 +81,13 @@ class GGUFMetadata:
         found = self.factors.pop(name, None)
         return None if found is None else [float(value) for value in found]
 
+    def tokenizer(self, name: str) -> Any:
+        """A short value of the tokenizer, None if the file has none."""
+        return self._all_values.get(f"tokenizer.ggml.{name}")
+
     def stop_tokens(self) -> list[int]:
         """Tokens that end a sequence or a turn."""
-        ids = (self._tokenizer.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot"))
+        ids = (self.tokenizer(f"{end}_token_id") for end in ("eos", "eot"))
         return [*dict.fromkeys(int(i) for i in ids if i is not None)]
 
     def check_all_read(self) -> None:
