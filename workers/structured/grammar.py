@@ -37,6 +37,10 @@ _TIMES = frozenset({"date-time", "time", "date", "duration"})
 _FORMATS = _TIMES | {"email", "hostname", "ipv4", "ipv6", "uuid", "uri", "unknown"}
 # What is data and not a schema.
 _DATA = frozenset({"const", "enum", "default", "examples", "example"})
+# What has schemas under names of the user's choice, which are no keywords.
+_NAMED = frozenset(
+    {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies"}
+)
 # What has no special tokens: strings, regular expressions, comments. Those that do not end are
 # taken to the end of their line, so that no text takes longer than its length.
 _LARK_TEXT = re.compile(r'"(?:\\.|[^"\\\n])*+"?|//[^\n]*|/(?:\\.|[^/\\\n])++/?|#[^\n]*')
@@ -153,7 +157,15 @@ def _enforced(schema: Any) -> Any:
     if not isinstance(schema, Mapping):
         return schema
     return {
-        key: value if key in _DATA else _enforced(value)
+        key: _enforced_part(key, value)
         for key, value in schema.items()
         if not (key == "format" and isinstance(value, str) and value not in _FORMATS)
     }
+
+
+def _enforced_part(key: str, value: Any) -> Any:
+    if key in _DATA:
+        return value
+    if key in _NAMED and isinstance(value, Mapping):
+        return {name: _enforced(part) for name, part in value.items()}
+    return _enforced(value)
