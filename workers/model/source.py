@@ -24,6 +24,8 @@ Progress = Callable[[str, float | None], None]
 
 _TOKENIZER_FILES = ("*.json", "*.jinja")
 _HUB_FILES = (*_TOKENIZER_FILES, "*.safetensors")
+# Copies of the weights for other programs. Here a * also matches /.
+_UNREAD_FILES = ("*/*.safetensors", "consolidated*.safetensors")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -136,7 +138,9 @@ def _hub(name: str, report: Progress, files: Sequence[str]) -> Path:
 
     report(f"downloading {name}", None)
     try:
-        return Path(snapshot_download(name, allow_patterns=list(files)))
+        return Path(
+            snapshot_download(name, allow_patterns=list(files), ignore_patterns=list(_UNREAD_FILES))
+        )
     except LocalEntryNotFoundError as error:
         raise ConfigError(
             "model",
