@@ -34,6 +34,11 @@ class PageTables:
         seq.sealed.update(hit.sealed)
         return hit
 
+    def first_missing(self, seq: Sequence, start: int, stop: int) -> Digest | None:
+        """The first of a sequence's logical pages [start, stop) that is not cached in any form."""
+        known = seq.digests(stop)[start:stop] if seq.is_findable else ()
+        return next((digest for digest in known if digest not in self._cache), None)
+
     def give_back(self, seq: Sequence, hit: PrefixHit) -> None:
         """Undo `reuse`: the sequence is not admitted yet."""
         self._cache.unshare(hit)

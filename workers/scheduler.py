@@ -27,7 +27,7 @@ from kvmesh.workers.page_tables import PageTables
 from kvmesh.workers.pins import PinBounds, Pins
 from kvmesh.workers.plan import Chunk, StepPlan
 from kvmesh.workers.pool_plan import PoolPlan
-from kvmesh.workers.prefix_cache import PrefixCache
+from kvmesh.workers.prefix_cache import Digest, PrefixCache
 from kvmesh.workers.request import PinTerms
 from kvmesh.workers.sequence import Sequence
 from kvmesh.workers.sizes import PageGeometry
@@ -69,9 +69,10 @@ class Scheduler:
         self._step_budget = step_budget
         self._free_rows = list(range(pool.max_num_seqs - 1, -1, -1))
         self._step = 0
-        # The last admission that failed for lack of pages, and how many each rank had. It is
-        # not retried (a whole prompt is hashed and matched) until these numbers have changed.
-        self._failed_admission: tuple[Sequence, list[int]] | None = None
+        # The last admission that failed for lack of pages, how many each rank had, and the first
+        # page of the prompt that was not cached. It is not retried (a whole prompt is hashed and
+        # matched) until these numbers have changed, or that page is cached.
+        self._failed_admission: tuple[Sequence, list[int], Digest | None] | None = None
         self.preemptions_total = 0
 
     def add(self, seq: Sequence) -> None:
@@ -191,16 +192,18 @@ class Scheduler:
             return None
         worst_case = any(s.preemptions for s in self.waiting + self.running)
         reserved = [self._pages_needed(other, worst_case) for other in self.running]
-        if self._failed_admission == (seq, self._room(reserved)):
+        if self._fails_again(seq, reserved):
             return None
         # One token must be computed, or the step would lose the row and its tables.
         reusable = min(seq.num_tokens, seq.leased_tokens) - 1
         if seq.num_scored < seq.to_score:  # positions without a score are computed
             reusable = min(reusable, seq.num_scored)
-        hit = self._pages.reuse(seq, reusable // self.geometry.page_size)
+        max_pages = reusable // self.geometry.page_size
+        hit = self._pages.reuse(seq, max_pages)
         if not fits(self._pages_needed(seq, worst_case), self._room(reserved)):
             self._pages.give_back(seq, hit)
-            self._failed_admission = (seq, self._room(reserved))
+            missing = self._pages.first_missing(seq, hit.num_pages, max_pages)
+            self._failed_admission = (seq, self._room(reserved), missing)
             return None
         self.waiting.remove(seq)
         seq.num_computed = hit.num_pages * self.geometry.page_size
@@ -211,6 +214,14 @@ class Scheduler:
         bisect.insort(self.running, seq, key=_arrival)
         draft.start_row(seq)
         return seq
+
+    def _fails_again(self, seq: Sequence, reserved: list[list[int]]) -> bool:
+        if self._failed_admission is None:
+            return False
+        failed, room, missing = self._failed_admission
+        if failed is not seq or room != self._room(reserved):
+            return False
+        return missing is None or missing not in self.cache
 
     def _pages_needed(self, seq: Sequence, worst_case: bool) -> list[int]:
         """Sealed pages of each rank that the sequence still needs: for its tokens and the next

@@ -303,6 +303,26 @@ def test_an_admission_that_failed_is_tried_again_when_pages_are_free() -> None:
     assert bench.plan() == {"b": 2 * PAGE + 1}
 
 
+def test_an_admission_that_failed_is_tried_again_when_more_of_its_prompt_is_cached() -> None:
+    bench = Bench(sealed=6, headroom=1, prefix_cache=True)
+    bench.add("a", 4 * PAGE + 1, token=5)
+    bench.add("b", 4 * PAGE + 1, token=5)
+    assert bench.plan() == {"a": 2 * PAGE}
+    assert [*bench.plan()] == ["a", "b"]
+    assert bench.sequences["b"].cached_tokens == 2 * PAGE
+
+
+def test_an_admission_that_failed_is_not_tried_again_for_pages_of_other_prompts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bench = Bench(sealed=6, headroom=1, prefix_cache=True)
+    bench.add("a", 4 * PAGE + 1)
+    bench.add("b", 4 * PAGE + 1)
+    assert bench.plan() == {"a": 2 * PAGE}
+    monkeypatch.setattr(bench.scheduler.cache, "match", None)
+    assert bench.plan() == {"a": 2 * PAGE}
+
+
 def test_nobody_shares_what_an_isolated_sequence_seals_in_the_same_step() -> None:
     for isolated, pages in ((False, 2), (True, 4)):
         bench = Bench(sealed=8, prefix_cache=True)
