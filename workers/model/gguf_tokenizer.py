@@ -13,6 +13,9 @@ from kvmesh.workers.model.gguf_metadata import GGUFMetadata
 _GPT2 = "gpt-2"
 _DIGITS_FIRST = "smollm"  # GPT-2's way between digits, which are alone
 
+# A word of the vocabulary is one token, whether merges make it or not.
+_WORDS_FIRST = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3"})
+
 
 def check_splitting(metadata: GGUFMetadata) -> None:
     """Raises UnsupportedModelError for a file whose text would be split in another way."""
@@ -35,8 +38,11 @@ def convert_tokenizer(file: Path, metadata: GGUFMetadata, target: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(file.parent, gguf_file=file.name)
-    if metadata.tokenizer("pre") == _DIGITS_FIRST:
-        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+    pre, backend = metadata.tokenizer("pre"), tokenizer.backend_tokenizer
+    if pre in _WORDS_FIRST:
+        backend.model.ignore_merges = True
+    if pre == _DIGITS_FIRST:
+        backend.pre_tokenizer = Sequence(
             [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
         )
     tokenizer.save_pretrained(target)
