@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from itertools import islice
 
+from kvmesh.cluster.routing.backfill import Backfill
 from kvmesh.cluster.routing.chooser import Chooser
 from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.demand import RequestDemand
@@ -81,15 +81,19 @@ class Admission:
                 self.queue.note_passed()
                 return [Granted(self._leases.grant(live, choice, now))]
         # A request that lost its group waits all the same: there are no more of them than ran.
-        if self.queue.full and not live.request.resumed:
-            full = self._refusals.queue_full(demand, choice, ahead, now)
-            return [Refused(name, full, choice.verdicts)]
+        full = self.queue.full and not live.request.resumed
+        if full and choice.group is None:
+            return [self._full(live, choice, ahead, now)]
         self._fleet.tenants.enter(live.request.tenant)
         self.queue.put(live)
         decisions = self.admit(now)
         others = [x for x in decisions if x.request_id != name]
         if len(others) < len(decisions):
             return [*(x for x in decisions if x.request_id == name), *others]
+        if full and len(self.queue) > self.queue.limit:
+            self.queue.retract(live)
+            self._fleet.tenants.leave(live.request.tenant)
+            return [self._full(live, choice, len(self.queue), now), *others]
         return [self._queued(live, choice, now), *others]
 
     def give_up(self, live: LiveRequest, now: float) -> None:
@@ -102,38 +106,50 @@ class Admission:
 
         The first that lacks pages is promised the group that has them soonest, and so are
         late ones after it, another group each. Requests may overtake where they do not
-        delay those that were promised a group.
+        delay those that were promised a group, from at most `backfill_depth` places behind
+        the first that waits for the same group.
         """
         if not len(self.queue) or not self.ready(now):
             return []
-        open_groups = self._chooser.open_groups(now)
         decisions: list[Decision] = []
+        left: list[LiveRequest] = []
         deferred_s: dict[str, float] = {}
         promises: dict[str, Promise] = {}
+        backfill = Backfill(self._fleet, self._tuning.backfill_depth)
+        open_groups = backfill.among(self._chooser.open_groups(now))
         # One pass is enough: a grant only takes room from those that were tried before.
-        for live in list(islice(self._in_line(now), self._tuning.backfill_depth)):
+        for live in self.queue.in_order(self._fleet.tenants.counter, now, backfill.wants):
             if not open_groups:
                 break
             demand = self._refresh(live, now)
             if self._refusals.never(demand):
+                left.append(live)
                 decisions.append(self._refuse(live, now))
                 continue
-            allowed = self._refusals.within_quota(demand)
+            if self._chooser.holds_back(demand) or not (groups := backfill.groups(demand)):
+                continue
+            allowed = self._refusals.within_quota(demand, groups)
             if not allowed:
+                backfill.lacks_quota(live.request)
                 continue
             choice = self._chooser.choose_waiting(demand, open_groups, now, promises, deferred_s)
             if choice.group is not None:
-                self.queue.remove(live, now)
+                left.append(live)
                 decisions.append(Granted(self._leases.grant(live, choice, now)))
                 if (kept := promises.get(choice.group.name)) is not None:
                     assert live.lease is not None
                     promises[kept.group] = kept.after_grant(live.lease)
-                open_groups = self._chooser.open_groups(now)
-            elif (later := choice.better_later) is not None:
+                open_groups = backfill.among(self._chooser.open_groups(now))
+                continue
+            if (later := choice.better_later) is not None:
                 so_far_s = deferred_s.get(later.name, 0.0)
                 deferred_s[later.name] = so_far_s + prefill_s(later, demand)
             elif not promises or (now > live.due and len(promises) < MAX_PROMISES):
-                self._promise(demand, allowed, promises, now)
+                _promise(demand, allowed, promises, now)
+            backfill.in_vain(allowed)
+            open_groups = backfill.among(open_groups)
+        for live in left:
+            self.queue.remove(live, now)
         return decisions
 
     def estimate(self, request: PlaceRequest, now: float) -> BudgetEstimate:
@@ -163,22 +179,13 @@ class Admission:
 
     # Within
 
-    def _promise(
-        self,
-        demand: RequestDemand,
-        allowed: Iterable[Group],
-        promises: dict[str, Promise],
-        now: float,
-    ) -> None:
-        """Promise a group to a request that lacks pages, one that is not promised yet."""
-        if not self._chooser.holds_back(demand):
-            others = [x for x in allowed if x.name not in promises]
-            if (found := promise(others, demand, now)) is not None:
-                promises[found.group] = found
+    def _full(self, live: LiveRequest, choice: GroupChoice, ahead: int, now: float) -> Refused:
+        error = self._refusals.queue_full(live.demand, choice, ahead, now)
+        return Refused(live.request_id, error, choice.verdicts)
 
     def _refuse(self, live: LiveRequest, now: float) -> Refused:
         """Refuse a waiting request that came before its groups were known, or they changed."""
-        self.give_up(live, now)
+        self._fleet.tenants.leave(live.request.tenant)
         choice = self._chooser.choose(live.demand, now)
         error = self._refusals.hopeless(live.demand, choice, len(self.queue), now)
         assert error is not None
@@ -211,3 +218,12 @@ class Admission:
                 live.request = replace(live.request, lost_engines=frozenset())
             live.demand, live.demand_at = self._fleet.demand(live.request), now
         return live.demand
+
+
+def _promise(
+    demand: RequestDemand, allowed: Iterable[Group], promises: dict[str, Promise], now: float
+) -> None:
+    """Promise a group to a request that lacks pages, one that is not promised yet."""
+    others = [x for x in allowed if x.name not in promises]
+    if (found := promise(others, demand, now)) is not None:
+        promises[found.group] = found

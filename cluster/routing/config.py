@@ -33,7 +33,8 @@ class RouterTuning:
     long_s: a prompt that takes longer than this to compute keeps a group from all others:
         one may at any time, and more while the other groups are busy for at most
         `max_busy_share` of the time
-    backfill_depth: how far down the queue a request may overtake from
+    backfill_depth: how far down the queue a request may overtake from; counted for each group,
+        and of what waits for its room only
     block_pages: prompts are compared in runs of this many pages
     index_limit: runs that the prefix index remembers
     """

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from sortedcontainers import SortedDict, SortedKeyList
 
+from kvmesh.cluster.routing.accepted_formats import AcceptedFormats
 from kvmesh.cluster.routing.live import LiveRequest, Rank
 from kvmesh.cluster.routing.rolling import RollingQuantile
 
@@ -26,8 +28,21 @@ MIN_DEPARTURES = 4
 URGENT_EVERY_S = 0.05  # which requests are urgent is found out again after this time
 
 
+class LineKey(NamedTuple):
+    """What the requests of a line have in common: what may keep all of them from starting."""
+
+    tenant: str
+    resumed: bool
+    accepts: AcceptedFormats
+
+    @classmethod
+    def of(cls, live: LiveRequest) -> LineKey:
+        request = live.request
+        return cls(request.tenant, request.resumed, request.accepts)
+
+
 class _Line:
-    """One tenant's requests: those not yet due by due time, those overdue by arrival.
+    """Requests of one key: those not yet due by due time, those overdue by arrival.
 
     Whatever the order, as many requests leave: in order of arrival, the n-th to leave
     would be the n-th that came.
@@ -52,10 +67,14 @@ class _Line:
 
     def remove(self, live: LiveRequest, now: float) -> float:
         """Returns how long the request that would have left in its place has waited."""
-        if self.timely.pop(live.rank, None) is None:
-            del self.late[_late_rank(live)]
+        self._drop(live)
         self._left.append(now)
         return now - self._arrivals.popleft()
+
+    def retract(self, live: LiveRequest) -> None:
+        """Undo the latest `put`: that request has not waited."""
+        self._drop(live)
+        self._arrivals.pop()
 
     def age(self, now: float, bound_s: float) -> None:
         """Those whose due time has passed join the late ones: O(log n) for each, once."""
@@ -70,6 +89,10 @@ class _Line:
     def is_urgent(self, late: LiveRequest) -> bool:
         """Whether a late request goes before those that are not due yet."""
         return late.since <= self._urgent_until.get(late.rank[:2], -math.inf)
+
+    def _drop(self, live: LiveRequest) -> None:
+        if self.timely.pop(live.rank, None) is None:
+            del self.late[_late_rank(live)]
 
     def _find_urgent(self, now: float, bound_s: float) -> dict[tuple[int, bool], float]:
         """Late requests become urgent in time to start: after all late ones before them.
@@ -109,7 +132,8 @@ class WaitingQueue:
         if limit < 0:
             raise ValueError(f"limit must be at least 0, got {limit}")
         self.limit = limit
-        self._lines: dict[str, _Line] = {}
+        self._lines: dict[LineKey, _Line] = {}
+        self._by_tenant: Counter[str] = Counter()
         self._deadlines: SortedKeyList[LiveRequest, float] = SortedKeyList(key=_deadline)
         self._waits = RollingQuantile(WAITS)
         self._count = 0
@@ -125,7 +149,7 @@ class WaitingQueue:
 
     def count_of(self, tenant: str) -> int:
         """How many of a tenant's requests wait."""
-        return len(self._lines.get(tenant, ()))
+        return self._by_tenant[tenant]
 
     @property
     def full(self) -> bool:
@@ -137,37 +161,46 @@ class WaitingQueue:
 
     def put(self, live: LiveRequest) -> None:
         """Add a request. The caller has seen that it may wait."""
-        self._lines.setdefault(live.request.tenant, _Line()).put(live)
+        self._lines.setdefault(LineKey.of(live), _Line()).put(live)
+        self._by_tenant[live.request.tenant] += 1
         self._count += 1
         if live.deadline is not None:
             self._deadlines.add(live)
 
     def remove(self, live: LiveRequest, now: float) -> None:
         """Take a request out, wherever it stands."""
-        line = self._lines[live.request.tenant]
-        self._waits.add(line.remove(live, now))
-        self._count -= 1
-        if not line:
-            del self._lines[live.request.tenant]
-        if live.deadline is not None:
-            self._deadlines.remove(live)
+        self._waits.add(self._lines[LineKey.of(live)].remove(live, now))
+        self._gone(live)
 
-    def in_order(self, used: Callable[[str], float], now: float) -> Iterator[LiveRequest]:
+    def retract(self, live: LiveRequest) -> None:
+        """Take out the request that was put last, as if it had not come."""
+        self._lines[LineKey.of(live)].retract(live)
+        self._gone(live)
+
+    def in_order(
+        self,
+        used: Callable[[str], float],
+        now: float,
+        wanted: Callable[[LineKey], bool] | None = None,
+    ) -> Iterator[LiveRequest]:
         """All that wait, first to last; the queue must not change meanwhile.
 
         used: how much a tenant has used so far
+        wanted: whether the rest of a line is to be read; asked again before each request
         """
         bound_s = self._waits.quantile(WAIT_QUANTILE) if len(self._waits) else 0.0
         heap: list[_Entry] = []
-        for tenant, line in self._lines.items():
+        for key, line in self._lines.items():
             line.age(now, bound_s)
             for part in (line.timely, line.late):
-                heap += _entries(iter(part.values()), used(tenant), line, now)
+                heap += _entries(iter(part.values()), used(key.tenant), line, now)
         heapq.heapify(heap)
         while heap:
             (_, _, used_by, *_), live, line, followers = heap[0]
-            yield live
-            entry = _entries(followers, used_by, line, now)
+            entry: list[_Entry] = []
+            if wanted is None or wanted(LineKey.of(live)):
+                yield live
+                entry = _entries(followers, used_by, line, now)
             if entry:
                 heapq.heapreplace(heap, entry[0])
             else:
@@ -176,6 +209,18 @@ class WaitingQueue:
     def overdue(self, now: float) -> list[LiveRequest]:
         """Those whose deadline has passed, earliest first; they stay until removed."""
         return list(self._deadlines.irange_key(max_key=now))
+
+    def _gone(self, live: LiveRequest) -> None:
+        """A request is in its line no more."""
+        key = LineKey.of(live)
+        if not self._lines[key]:
+            del self._lines[key]
+        self._by_tenant[key.tenant] -= 1
+        if not self._by_tenant[key.tenant]:
+            del self._by_tenant[key.tenant]
+        self._count -= 1
+        if live.deadline is not None:
+            self._deadlines.remove(live)
 
 
 # -priority, not resumed, used, turn, at, arrival

@@ -94,9 +94,12 @@ class Refusals:
         """What those ahead take at the fleet's rate."""
         return ahead * self._leases.mean_s / max(len(self._leases), 1)
 
-    def within_quota(self, demand: RequestDemand) -> Collection[Group]:
-        """Groups where the request's tenant may lease what it needs now."""
-        left, groups = self._fleet.quota_left(demand.request), self._fleet.groups.values()
+    def within_quota(
+        self, demand: RequestDemand, among: Collection[Group] | None = None
+    ) -> Collection[Group]:
+        """Groups, of all or those given, where the tenant may lease what the request needs now."""
+        left = self._fleet.quota_left(demand.request)
+        groups = self._fleet.groups.values() if among is None else among
         if left == math.inf:
             return groups
         possible = (x for x in groups if never_taken(x, demand) is None)

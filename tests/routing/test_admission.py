@@ -9,12 +9,15 @@ import pytest
 from kvmesh.cluster.routing.accepted_formats import AcceptedFormats
 from kvmesh.cluster.routing.admission import DRAINS, MAX_PROMISES, NEAR
 from kvmesh.cluster.routing.config import RouterConfig
+from kvmesh.cluster.routing.demand import RequestDemand
 from kvmesh.cluster.routing.errors import (
     ExceedsEveryGroupError,
     NoAllowedFormatError,
+    QueueFullError,
     QuotaExceededError,
 )
 from kvmesh.cluster.routing.fairness import TenantPolicy
+from kvmesh.cluster.routing.live import LiveRequest
 from kvmesh.cluster.routing.outcome import Enqueued, Granted, Refused
 from kvmesh.cluster.routing.router import Router
 from kvmesh.cluster.routing.verdict import Reason
@@ -37,6 +40,16 @@ def waits(
     router: Router, name: str, prompt: int = 160, out: int = 160, now: float = 0.0, **rest: object
 ) -> None:
     assert isinstance(router.place(ask(name, prompt, out, **rest), now)[0], Enqueued)
+
+
+def many_wait(router: Router, count: int, **rest: object) -> None:
+    """Requests r0, r1, ... that cannot start; where each of them stands is not asked."""
+    for number in range(count):
+        live = router.admission.arrive(ask(f"r{number}", **rest), 0.0)  # type: ignore[arg-type]
+        router.fleet.tenants.enter(live.request.tenant)
+        router.admission.queue.put(live)
+        router.records.live[live.request_id] = live
+    assert router.tick(0.0) == []
 
 
 def test_as_many_wait_for_the_group_of_their_prefix_as_that_is_worth() -> None:
@@ -79,6 +92,132 @@ def test_who_is_over_its_quota_holds_nobody_back() -> None:
     place(router, "a", 160, 100, 0.0, tenant="x")
     waits(router, "b", 160, 100, tenant="x")
     assert place(router, "c", 160, 100, 0.0, tenant="y").group == "g0"
+
+
+MANY = [32, 1000]  # as many as `backfill_depth`, and almost a full queue
+LEASE = 4 * 1000 + 17 * 300  # bytes, of 160 tokens and 160 of output
+
+
+@pytest.mark.parametrize("left", [0, LEASE - 1])
+@pytest.mark.parametrize("many", MANY)
+def test_however_many_wait_for_their_quota_others_are_served(many: int, left: int) -> None:
+    tenants = {"x": TenantPolicy(quota_bytes=LEASE + left)}
+    router = router_with(groups={"g0": make_info()}, tenants=tenants)
+    first = place(router, "first", 160, 160, 0.0, tenant="x")
+    many_wait(router, many, tenant="x")
+    assert place(router, "other", 160, 160, 0.0, tenant="y").group == "g0"
+    lost = place(router, "lost", 160, 160, 0.0, tenant="x", resumed=True, priority=-1)
+    assert lost.group == "g0", "it may pass the quota"
+    end(router, lost, 1.0)
+    assert granted(end(router, first, 1.0)).request_id == "r0"
+
+
+def test_so_many_of_a_tenant_are_tried_within_its_quota() -> None:
+    tenants = {"x": TenantPolicy(quota_bytes=2 * LEASE - 1)}
+    for depth, is_tried in ((1, False), (2, True)):
+        router = router_with(groups={"g0": make_info()}, tenants=tenants, backfill_depth=depth)
+        place(router, "first", 160, 160, 0.0, tenant="x")
+        waits(router, "large", tenant="x")
+        own, *_ = router.place(ask("small", 16, 16, tenant="x"), 0.0)
+        assert isinstance(own, Granted) == is_tried
+
+
+@pytest.mark.parametrize("gone", ["down", "draining"])
+@pytest.mark.parametrize("many", MANY)
+def test_however_many_wait_for_a_group_that_takes_nothing_others_are_served(
+    many: int, gone: str
+) -> None:
+    infos = {name: make_info(epoch=name, kv_format=name) for name in ("exact", "int4")}
+    router = router_with(groups=infos)
+    if gone == "down":
+        router.group_down("exact", 0.0)
+    else:
+        router.fleet.drain("exact")
+    many_wait(router, many, accepts=only("exact"), priority=1)
+    assert place(router, "other", 160, 160, 0.0).group == "int4"
+    back = make_info(epoch="again", kv_format="exact")
+    assert granted(router.group_up("exact", back, (), 1.0)).request_id == "r0"
+
+
+def test_however_many_wait_for_a_large_group_that_is_down_others_are_served() -> None:
+    infos = {"large": make_info(sealed=1000), "small": make_info(epoch="e1")}
+    router = router_with(groups=infos)
+    router.group_down("large", 0.0)
+    many_wait(router, 32, prompt=3200, priority=1)
+    assert place(router, "other", 160, 160, 0.0).group == "small"
+
+
+def test_however_many_have_lost_a_group_that_the_router_still_has_others_are_served() -> None:
+    infos = {name: make_info(epoch=name, kv_format=name) for name in ("exact", "int4")}
+    router = router_with(groups=infos)
+    lost = frozenset({"exact"})
+    many_wait(router, 32, accepts=only("exact"), lost_engines=lost, resumed=True)
+    assert place(router, "other", 160, 160, 0.0, accepts=only("int4")).group == "int4"
+
+
+@pytest.mark.parametrize("many", MANY)
+def test_however_many_wait_for_a_full_group_others_are_served_by_another(many: int) -> None:
+    infos = {
+        name: make_info(epoch=name, kv_format=name, max_sequences=1) for name in ("exact", "int4")
+    }
+    router = router_with(groups=infos)
+    place(router, "runs", 160, 160, 0.0, accepts=only("exact"))
+    many_wait(router, many, accepts=only("exact"), priority=1)
+    assert place(router, "other", 160, 160, 0.0).group == "int4"
+
+
+def test_however_many_long_prompts_are_held_back_others_are_served() -> None:
+    infos = {name: make_info(sealed=10_000, epoch=name) for name in ("g0", "g1")}
+    router = router_with(pace=SLOW, groups=infos, long_s=10.0, max_busy_share=0.1)
+    router.admission._chooser._busy_groups = 1.0
+    place(router, "long", 20_000, 16, 0.0)
+    many_wait(router, 32, prompt=20_000, priority=1)
+    place(router, "other", 160, 160, 0.0)
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_a_full_queue_of_others_refuses_only_what_lacks_room(room: bool) -> None:
+    tenants = {"x": TenantPolicy(quota_bytes=LEASE)}
+    info = make_info(max_sequences=2 if room else 1)
+    router = router_with(groups={"g0": info}, tenants=tenants, queue_limit=2)
+    place(router, "first", 160, 160, 0.0, tenant="x")
+    many_wait(router, 2, tenant="x")
+    own, *others = router.place(ask("other", tenant="y"), 0.0)
+    assert not others and len(router.admission.queue) == 2
+    assert isinstance(own, Granted if room else Refused)
+    router.leases.check_integrity()
+
+
+def test_who_is_refused_by_a_full_queue_leaves_nothing_in_it() -> None:
+    """It could start, but for a promise to one that waits."""
+    router = router_with(pace=SLOW, groups={"g0": make_info()}, ahead_s=1e9, queue_limit=1)
+    place(router, "running", 1120, 16, 0.0)  # which leaves 32 pages
+    waits(router, "large", 1440, 16, priority=1)
+    own, *others = router.place(ask("slow", 16, 400, tenant="y"), 0.0)
+    assert isinstance(own, Refused) and isinstance(own.error, QueueFullError) and not others
+    assert [x.request_id for x in router.admission.queue] == ["large"]
+    assert router.fleet.tenants.live("y") == router.admission.queue.count_of("y") == 0
+
+
+def test_as_few_are_tried_however_many_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    tenants = {"x": TenantPolicy(quota_bytes=2 * LEASE - 1)}
+    infos = {name: make_info(epoch=name, kv_format=name) for name in ("exact", "int4")}
+    router = router_with(groups=infos, tenants=tenants, backfill_depth=4)
+    router.group_down("exact", 0.0)
+    place(router, "first", 160, 160, 0.0, tenant="x")
+    many_wait(router, 200, accepts=only("exact"), priority=1)
+    for number in range(20):
+        waits(router, f"x{number}", tenant="x")
+    tried: list[str] = []
+    refresh = router.admission._refresh
+
+    def count(live: LiveRequest, now: float) -> RequestDemand:
+        tried.append(live.request_id)
+        return refresh(live, now)
+
+    monkeypatch.setattr(router.admission, "_refresh", count)
+    router.admission.admit(1.0)
+    assert tried == ["x0", "x1", "x2", "x3"]
 
 
 def test_what_never_fits_is_refused_and_those_after_it_are_served() -> None:
