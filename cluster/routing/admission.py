@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
@@ -176,6 +177,25 @@ class Admission:
                 self._refresh(live, now)
                 self._forecast(live, now)
             yield self._standing(live, position, now)
+
+    def waiting_for_room(self, now: float) -> list[LiveRequest]:
+        """Those that wait, earliest first, without those that wait for their tenant's quota.
+
+        Of each tenant's only as many as its quota would let start by now.
+        """
+        left: dict[str, float] = {}
+        found: list[LiveRequest] = []
+        for live in sorted(self.queue, key=lambda live: live.since):
+            request = live.request
+            if self._fleet.quota_left(request) < math.inf:
+                tenant = request.tenant
+                least = self._refusals.min_bytes(self._refresh(live, now))
+                rest = left.setdefault(tenant, self._fleet.quota_left(request)) - least
+                if rest < 0:
+                    continue
+                left[tenant] = rest
+            found.append(live)
+        return found
 
     # Within
 

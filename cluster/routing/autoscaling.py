@@ -70,12 +70,15 @@ class FleetLoad:
 
 
 def fleet_load(router: Router, now: float) -> FleetLoad:
-    """The router's load at this moment. O(groups + waiting requests)"""
-    leases, queue = router.leases, router.admission.queue
+    """The router's load at this moment. O(groups + waiting requests)
+
+    What waits for its tenant's quota does not count: no group would let it start.
+    """
+    leases = router.leases
     groups = [x for x in router.fleet.groups.values() if x.account is not None and not x.draining]
     corrections = [group.backlog.correction for group in groups]
     correction = sum(corrections) / max(len(corrections), 1)
-    waiting = list(queue)
+    waiting = router.admission.waiting_for_room(now)
     # As fast as leases ended so far; and no request waits less than the first of them has.
     rate = len(leases) / leases.mean_s
     oldest_s = now - min((live.since for live in waiting), default=now)

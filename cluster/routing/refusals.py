@@ -47,7 +47,7 @@ class Refusals:
             return self._fits_nowhere(demand, verdicts)
         quota = self._fleet.tenants.policy(request.tenant).quota_bytes
         if quota is not None and self.exceeds_quota(demand):
-            return QuotaExceededError(self._min_bytes(demand), quota)
+            return QuotaExceededError(self.min_bytes(demand), quota)
         if request.timeout_s is not None and choice.group is None:
             start = earliest_start(self._fleet.groups.values(), demand, now)
             if start is not None and start - now > request.timeout_s:
@@ -71,7 +71,7 @@ class Refusals:
         """Whether the request alone exceeds its tenant's quota, and has to keep to it."""
         request = demand.request
         quota = self._fleet.tenants.policy(request.tenant).quota_bytes
-        return quota is not None and not request.resumed and self._min_bytes(demand) > quota
+        return quota is not None and not request.resumed and self.min_bytes(demand) > quota
 
     def queue_full(
         self, demand: RequestDemand, choice: GroupChoice, ahead: int, now: float
@@ -105,7 +105,7 @@ class Refusals:
         possible = (x for x in groups if never_taken(x, demand) is None)
         return [x for x in possible if lease_bytes(x, demand) <= left]
 
-    def _min_bytes(self, demand: RequestDemand) -> int:
+    def min_bytes(self, demand: RequestDemand) -> int:
         """What the request's lease takes on the group where it is smallest; 0 if there is none."""
         groups = self._fleet.groups.values()
         possible = (x for x in groups if never_taken(x, demand) is None)

@@ -16,8 +16,9 @@ from kvmesh.cluster.routing.errors import (
     QueueFullError,
     QuotaExceededError,
 )
+from kvmesh.cluster.routing.fairness import TenantPolicy
 from kvmesh.cluster.routing.outcome import Enqueued
-from tests.routing.groups import ask, granted, make_info, router_with
+from tests.routing.groups import ask, end, granted, make_info, router_with
 
 NAMES = ("a", "b", "c", "d", "e")
 POLICY = AutoscalingPolicy(1, wait_s=5.0, up_after_s=5.0, down_after_s=100.0)
@@ -186,6 +187,30 @@ def test_a_request_that_comes_now_waits_for_all_before_it() -> None:
         router.place(ask(f"r{number}"), 0.0)
     router.leases.mean_s = 20.0
     assert fleet_load(router, 11.0).wait_s == 60.0, "three leases, one at a time"
+
+
+def test_what_waits_for_its_tenants_quota_starts_no_group() -> None:
+    tenants = {"x": TenantPolicy(quota_bytes=2 * (4 * 1000 + 17 * 300))}
+    router = router_with(groups={"a": make_info()}, tenants=tenants)
+    runs = [granted(router.place(ask(f"runs{n}", tenant="x"), 0.0)) for n in range(2)]
+    before = fleet_load(router, 0.0)
+    for number in range(40):
+        assert isinstance(router.place(ask(f"x{number}", tenant="x"), 0.0)[0], Enqueued)
+    load = fleet_load(router, 100.0)
+    assert (load.waiting_held, load.waiting_s, load.wait_s) == (0.0, 0.0, 0.0)
+    assert load.held == before.held
+    scaler = Autoscaler(POLICY, NAMES, (), 0.0)
+    for second in range(1, 100):
+        assert scaler.decide(load, float(second)) == {"a"}
+    # What lacks room counts, up to the quota.
+    router.fleet.drain("a")
+    end(router, runs[0], 100.0)
+    assert fleet_load(router, 100.0).wait_s == 100.0
+    only_one = fleet_load(router, 100.0).waiting_s
+    end(router, runs[1], 100.0)
+    assert fleet_load(router, 100.0).waiting_s == pytest.approx(2 * only_one)
+    assert isinstance(router.place(ask("y"), 100.0)[0], Enqueued)
+    assert fleet_load(router, 100.0).waiting_s == pytest.approx(3 * only_one)
 
 
 def test_wrong_settings_are_named() -> None:
