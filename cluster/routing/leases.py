@@ -22,11 +22,13 @@ class Leases(Mapping[str, Lease]):
 
     epoch: of this router; stands in the leases that it grants
     mean_s: how long a lease lasts, a moving average
+    num_adopted: those of requests that are not known
     """
 
     def __init__(self, fleet: Fleet, epoch: int) -> None:
         self.epoch = epoch
         self.mean_s = 1.0
+        self.num_adopted = 0
         self._fleet = fleet
         self._by_id: dict[str, Lease] = {}
         self._grants = 0
@@ -71,6 +73,7 @@ class Leases(Mapping[str, Lease]):
     def adopt(self, group: str, terms: LeaseTerms, now: float) -> None:
         """Enter a lease that is not in the ledger and whose sequences the engine has."""
         lease = self._by_id[terms.lease_id] = self._account(group).adopt(terms, now)
+        self.num_adopted += 1
         self._charge(lease, now + self.mean_s, now)
 
     def first_token(self, lease: Lease, now: float) -> None:
@@ -114,6 +117,7 @@ class Leases(Mapping[str, Lease]):
         group = self._fleet.groups[lease.group]
         self._account(lease.group).release(lease)
         del self._by_id[lease.lease_id]
+        self.num_adopted -= lease.adopted
         self._settle(lease, self._bytes(lease), now)
         group.backlog.drop(lease.lease_id, now)
         self._wanting.discard(lease)
@@ -151,6 +155,9 @@ class Leases(Mapping[str, Lease]):
         entered = {lease.lease_id for account in accounts for lease in account.by_age()}
         if entered != self._by_id.keys():
             raise LedgerError(f"leases {entered ^ self._by_id.keys()} are not in both places")
+        adopted = sum(lease.adopted for lease in self._by_id.values())
+        if adopted != self.num_adopted:
+            raise LedgerError(f"{adopted} leases are adopted, {self.num_adopted} are counted")
         leased = Counter[str]()
         for lease in self._by_id.values():
             if lease.request is not None:

@@ -174,7 +174,7 @@ class RouterStatus:
     """The router's budget at a glance.
 
     ready: requests are admitted
-    live_requests: that wait or hold a lease; leases: live ones, adopted ones included
+    live_requests: that wait or hold a lease; leases: live ones; both with adopted ones
     granted_total: leases; released_total: those of them that ended, or whose group was lost
     expired_total: those that never reached their engine
     refused_total: by the error's class name

@@ -23,6 +23,7 @@ from kvmesh.cluster.routing.records import Records
 from kvmesh.cluster.routing.router import Router
 from kvmesh.cluster.routing.status import router_status
 from kvmesh.cluster.routing.verdict import Reason
+from kvmesh.workers.lease import AccountUpdate, LeaseEnd
 from kvmesh.workers.sizes import PageNeed
 from tests.routing.groups import (
     arrive,
@@ -394,6 +395,20 @@ def test_what_never_fits_is_refused_when_the_groups_are_known() -> None:
     refused(never, ExceedsEveryGroupError)
     assert granted([next_one]).request_id == "a"
     assert router_status(router, 1.0).live_requests == 1
+
+
+def test_requests_of_a_former_router_are_live_until_their_leases_end() -> None:
+    """A drain waits for them, too."""
+    router = Router(RouterConfig(), epoch=9, now=0.0, expected_groups=["g0"])
+    router.group_up("g0", make_info(), (foreign(1, 4, 9), foreign(2, 4, 9)), 0.0)
+    assert isinstance(router.place(ask("own"), 0.0)[0], Granted)
+    router.leases.check_integrity()
+    assert router_status(router, 1.0).live_requests == 3
+    router.account("g0", AccountUpdate(ended=(LeaseEnd("3-1"),)), 1.0)
+    assert router_status(router, 1.0).live_requests == 2
+    router.group_down("g0", 2.0)
+    router.leases.check_integrity()
+    assert router_status(router, 2.0).live_requests == 0
 
 
 def test_what_only_a_missing_group_can_hold_waits_for_it() -> None:
