@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from kvmesh.cluster.routing.config import RouterTuning
-from kvmesh.cluster.routing.demand import DemandModel, EngineKind
+from kvmesh.cluster.routing.demand import DemandModel, EngineKind, KindDemand
+from kvmesh.cluster.routing.forecast import earliest_start, promise
 from kvmesh.cluster.routing.live import Lease
 from kvmesh.cluster.routing.output_lengths import OutputLengths
 from kvmesh.cluster.routing.pace import Backlog, Pace
@@ -166,3 +169,20 @@ def test_a_lease_that_has_run_very_long_may_outlast_those_after_it() -> None:
     assert timeline.freed_by(110.0, 100.0) == PageNeed(3, 30)
     assert timeline.nth_end(5, 100.0) == 104.0
     assert Timeline().nth_end(1, 100.0) == 100.0
+
+
+def test_a_start_is_forecast_with_room_to_grow() -> None:
+    """Else a request would be told that it starts at once, and be overtaken forever."""
+    router = router_with(groups={"g0": make_info(sealed=100)})
+    place(router, "holder", 960, 16, 0.0)
+    group = router.fleet.groups["g0"]
+    assert group.account is not None
+    free = group.account.free.sealed
+    demand = router.fleet.demand(ask("b", 160, 160))
+    for grows, starts_at_once in ((0, True), (free - 20, True), (free - 19, False)):
+        needs = KindDemand(PageNeed(4, 20 + grows), PageNeed(4, 20), 0, None)
+        found = earliest_start([group], replace(demand, by_kind=(needs,)), 0.0)
+        assert found is not None
+        assert (found < 1e-3) == starts_at_once, grows
+        promised = promise([group], replace(demand, by_kind=(needs,)), 0.0)
+        assert (promised is None) == starts_at_once

@@ -21,7 +21,7 @@ from kvmesh.cluster.routing.fairness import TenantPolicy
 from kvmesh.cluster.routing.outcome import Decision, Enqueued, Granted, Outcome, Refused, Withdrawn
 from kvmesh.cluster.routing.records import Records
 from kvmesh.cluster.routing.router import Router
-from kvmesh.cluster.routing.status import router_status
+from kvmesh.cluster.routing.status import router_status, tenant_status
 from kvmesh.cluster.routing.verdict import Reason
 from kvmesh.workers.lease import AccountUpdate, LeaseEnd
 from kvmesh.workers.sizes import PageNeed
@@ -34,6 +34,7 @@ from tests.routing.groups import (
     info_like,
     make_info,
     make_router,
+    place,
     router_with,
 )
 
@@ -63,6 +64,19 @@ def test_the_least_used_group_gets_the_request_and_says_why() -> None:
     # 320 tokens: 20 pages of 16; 4 hot (1 sink, 2 recent, 1 writing), 17 sealed at the end
     assert (first.lease.hot_pages, first.lease.sealed_pages) == (4, 17)
     assert first.lease_bytes == 4 * 1000 + 17 * 300
+
+
+def test_what_a_tenant_uses_is_what_runs_and_what_waits() -> None:
+    router = one_at_a_time(tenants={"x": TenantPolicy(quota_bytes=10**6)})
+    first = place(router, "a", 160, 160, 0.0, tenant="x")
+    router.place(ask("b", tenant="x"), 0.0)
+    router.place(ask("c", tenant="x"), 0.0)
+    router.place(ask("d", tenant="y"), 0.0)
+    used = tenant_status(router, "x")
+    assert (used.running, used.queued, used.quota_bytes) == (1, 2, 10**6)
+    assert used.leased_bytes == first.lease_bytes
+    nothing = tenant_status(router, "z")
+    assert (nothing.running, nothing.queued, nothing.leased_bytes) == (0, 0, 0)
 
 
 def test_what_no_group_can_ever_hold_is_refused_with_the_bytes() -> None:
