@@ -485,6 +485,26 @@ async def test_cancelling_a_task_cancels_the_call() -> None:
     assert len(servicer.requests) == 1, "a cancelled call is not retried"
 
 
+async def test_cancelling_a_task_that_awaits_a_reply_ends_it() -> None:
+    arrived, over = threading.Event(), threading.Event()
+
+    def hold(request: Any, context: grpc.ServicerContext) -> pb.TokenizeResponse:
+        arrived.set()
+        over.wait(60)
+        return pb.TokenizeResponse()
+
+    servicer = ScriptedServicer(hold)
+    with serving(servicer) as target:
+        async with AsyncClient(target) as client:
+            task = asyncio.create_task(client.tokenize("hi"))
+            assert await asyncio.to_thread(arrived.wait, 60)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        over.set()
+    assert len(servicer.requests) == 1, "it is not made again"
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_silent_server_exceeds_the_deadline(
     asynchronous: bool, monkeypatch: pytest.MonkeyPatch

@@ -223,7 +223,7 @@ async def test_a_silent_peer_is_cut_off() -> None:
         assert await far.next() is None
 
 
-@pytest.mark.parametrize("life", ["a beat", "a message"])
+@pytest.mark.parametrize("life", ["a beat", "a message", "a part of a message"])
 async def test_any_sign_of_life_keeps_the_connection(life: str) -> None:
     async with listening() as (server, listener):
         near = await dial(listener.address)
@@ -238,10 +238,14 @@ async def test_any_sign_of_life_keeps_the_connection(life: str) -> None:
                 async with asyncio.timeout(60):
                     while near.connection._silent_beats:
                         await asyncio.sleep(0)
-            else:
+            elif life == "a message":
                 far.connection.send(Number(1))
                 assert await near.next() == Number(1)
+            else:  # one that takes its time
+                near.connection.data_received(b"\0")
         near.connection.beat()
+        for _ in range(9):
+            await asyncio.sleep(0)
         assert not near.connection.closed
         assert far.losses == 0
 

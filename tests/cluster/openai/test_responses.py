@@ -34,6 +34,7 @@ async def test_a_conversation_becomes_a_chat(
             input=[
                 {"role": "user", "content": [{"type": "input_text", "text": "rain?"}]},
                 {"type": "reasoning", "id": "r", "summary": []},
+                {"role": "assistant", "content": "let me see"},
                 {"type": "function_call", "call_id": "c1", "name": "weather", "arguments": "{}"},
                 {"type": "function_call", "call_id": "c2", "name": "time", "arguments": "{}"},
                 {"type": "function_call_output", "call_id": "c1", "output": "yes"},
@@ -55,6 +56,7 @@ async def test_a_conversation_becomes_a_chat(
         {"role": "user", "parts": [{"text": "rain?"}]},
         {
             "role": "assistant",
+            "content": "let me see",
             "tool_calls": [
                 {"id": "c1", "name": "weather", "arguments_json": "{}"},
                 {"id": "c2", "name": "time", "arguments_json": "{}"},
