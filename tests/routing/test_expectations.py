@@ -172,7 +172,7 @@ def test_a_lease_that_has_run_very_long_may_outlast_those_after_it() -> None:
 
 
 def test_a_start_is_forecast_with_room_to_grow() -> None:
-    """Else a request would be told that it starts at once, and be overtaken forever."""
+    """Else a request would be expected to start at once, and be overtaken forever."""
     router = router_with(groups={"g0": make_info(sealed=100)})
     place(router, "holder", 960, 16, 0.0)
     group = router.fleet.groups["g0"]
