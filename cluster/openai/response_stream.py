@@ -56,6 +56,8 @@ class ResponseStream:
         self._sent = 0
         self._response = new_response(body, request_id, body.model or "")
         self._open: OutputItem | None = None
+        # Of the open item: adding to a long text would copy it.
+        self._pieces: list[str] = []
         self._hidden: list[ChatToken] = []  # of a message, if text follows, or its end
 
     async def read(self, source: EventSource) -> AsyncIterator[bytes]:
@@ -130,7 +132,7 @@ class ResponseStream:
             item.content = [ReasoningText()]
             part = item.content[0]
             yield self._event("response.content_part.added", item, content_index=0, part=part)
-        item.content[0].text += text
+        self._pieces.append(text)
         yield self._event("response.reasoning_text.delta", item, content_index=0, delta=text)
 
     def _text(self, delta: pb.Delta) -> Iterator[ResponseEvent]:
@@ -148,7 +150,7 @@ class ResponseStream:
     def _said(self, item: MessageItem, text: str) -> ResponseEvent:
         """Its next text, with the tokens up to there."""
         tokens, self._hidden = self._hidden, []
-        item.content[0].text += text
+        self._pieces.append(text)
         item.content[0].logprobs.extend(tokens)
         kind = "response.output_text.delta"
         return self._event(kind, item, content_index=0, delta=text, logprobs=tokens)
@@ -172,13 +174,15 @@ class ResponseStream:
             item = FunctionCallItem(item_id, part.id, part.name, IN_PROGRESS)
             yield from self._begin(item)
         if part.arguments_json:
-            item.arguments += part.arguments_json
+            self._pieces.append(part.arguments_json)
             kind = "response.function_call_arguments.delta"
             yield self._event(kind, item, delta=part.arguments_json)
 
     def _close(self, item: OutputItem) -> Iterator[ResponseEvent]:
+        text, self._pieces = "".join(self._pieces), []
         match item:
             case MessageItem(content=[part]):
+                part.text = text
                 yield self._event(
                     "response.output_text.done",
                     item,
@@ -188,10 +192,12 @@ class ResponseStream:
                 )
                 yield self._event("response.content_part.done", item, content_index=0, part=part)
             case ReasoningItem(content=[part]):
+                part.text = text
                 done = "response.reasoning_text.done"
                 yield self._event(done, item, content_index=0, text=part.text)
                 yield self._event("response.content_part.done", item, content_index=0, part=part)
             case FunctionCallItem():
+                item.arguments = text
                 yield self._event(
                     "response.function_call_arguments.done",
                     item,
