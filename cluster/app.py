@@ -47,6 +47,7 @@ from kvmesh.cluster.telemetry.ray_meters import ray_meter
 from kvmesh.cluster.version import package_version
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.errors import ConfigError
+from kvmesh.workers.model.hub import pinned
 
 logger = logging.getLogger("ray.serve")
 
@@ -282,7 +283,8 @@ def build(args: dict[str, Any]) -> serve.Application:
 
     args: the settings, as in a file of `kvmesh serve --config`
     It has one deployment for each group, so that a handle is a group. Every call makes a new
-    identity for all processes, so that a deployment accepts no process of a former one.
+    identity for all processes, so that a deployment accepts no process of a former one. A model on
+    the hub is pinned to its commit of now.
     Raises ConfigError naming the setting, also if no keys are configured and some are needed.
     """
     config = build_config(args)
@@ -298,6 +300,7 @@ def build(args: dict[str, Any]) -> serve.Application:
             "is auto, which only `kvmesh serve` resolves: set engine.tp, engine.kvp and groups, as "
             "`kvmesh plan` recommends them",
         )
+    config = config.model_copy(update={"model": pinned(config.model)})
     deployed = Deployed(config, Identity.make())
     health = {
         "health_check_period_s": config.timeouts.health_period_s,

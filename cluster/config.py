@@ -412,7 +412,7 @@ class ClusterConfig(Settings):
         default=DEFAULT_MODEL,
         min_length=1,
         description="The embedded model's name, a Hugging Face directory, "
-        "a GGUF file, or a hub name",
+        "a GGUF file, or a hub name (owner/name, or owner/name@revision)",
     )
     engine: EngineSection = Field(default=EngineSection(), description="Each group's engine")
     groups: Groups = Field(

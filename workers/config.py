@@ -331,7 +331,7 @@ class EngineConfig(EngineSettings):
     model: str = Field(
         min_length=1,
         description="The embedded model's name, a Hugging Face directory, "
-        "a GGUF file, or a hub name",
+        "a GGUF file, or a hub name (owner/name, or owner/name@revision)",
     )
 
     @model_validator(mode="wrap")

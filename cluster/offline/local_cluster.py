@@ -42,6 +42,7 @@ from kvmesh.workers.errors import EngineError
 from kvmesh.workers.executor import Executor
 from kvmesh.workers.loads import EngineInfo
 from kvmesh.workers.model.facts import read_facts
+from kvmesh.workers.model.hub import pinned
 from kvmesh.workers.model.source import Progress, resolve_model
 from kvmesh.workers.threads import wait_passively
 
@@ -84,7 +85,6 @@ class LocalCluster:
     ) -> None:
         router = config.router.model_copy(update={"queue_timeout_s": QUEUE_TIMEOUT_S})
         self._config = config.model_copy(update={"router": router})
-        self._engine_config = config.engine_config()
         self._progress = progress or (lambda step, share: None)
         self._make_executor = make_executor or _local_executor
         self._identity = Identity.make()
@@ -118,6 +118,8 @@ class LocalCluster:
 
     async def _start(self) -> None:
         use_local_defaults()
+        model = await asyncio.to_thread(pinned, self._config.model)
+        self._config = self._config.model_copy(update={"model": model})
         files = await asyncio.to_thread(resolve_model, self._config.model, progress=self._progress)
         check_layouts(self._config, read_facts(files.path))
         self._progress("loading the model", None)
@@ -145,10 +147,11 @@ class LocalCluster:
 
     async def _start_engine(self) -> None:
         """Load the model. Raises what keeps the engine from running."""
-        executor = await asyncio.to_thread(self._make_executor, self._engine_config)
+        config = self._config.engine_config()
+        executor = await asyncio.to_thread(self._make_executor, config)
         service = EngineService(
             GROUP,
-            self._engine_config,
+            config,
             executor,
             EngineMeters(_no_instrument, GROUP),
             self._identity,

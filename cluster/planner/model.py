@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from kvmesh.cluster.simulator.hardware import ModelShape
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 from kvmesh.workers.model.architectures import ARCHITECTURES
 from kvmesh.workers.model.facts import check_supported, read_json
+from kvmesh.workers.model.hub import HubModel
 from kvmesh.workers.model.rope_scaling import RopeScaling
 from kvmesh.workers.model.sizes import ModelSizes
 from kvmesh.workers.model.standard_keys import standard_keys
@@ -22,8 +22,6 @@ from kvmesh.workers.model.weight_coding import StoredWeights
 
 if TYPE_CHECKING:
     from kvmesh.workers.model.weight_counts import WeightCounts
-
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +84,8 @@ def planned_model(name: str) -> PlannedModel:
     known = _known(name)
     if known is not None:
         return _of_config(known.config, known.hub, known.hub)
-    if _HUB_NAME.fullmatch(name) and (cached := _cached(name)) is not None:
+    named = HubModel.parse(name)
+    if named is not None and (cached := named.cached("config.json")) is not None:
         return _of_config(read_json(cached), name, name)
     raise ConfigError("model", _not_found(name))
 
@@ -140,14 +139,6 @@ def _known(name: str) -> KnownModel | None:
         if wanted in (key, hub, hub.rpartition("/")[2]):
             return known
     return None
-
-
-def _cached(name: str) -> Path | None:
-    """The config.json of a model that was downloaded from the hub before."""
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(name, "config.json")
-    return Path(found) if isinstance(found, str) else None
 
 
 def _not_found(name: str) -> str:

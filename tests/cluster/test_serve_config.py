@@ -160,6 +160,19 @@ def test_the_builder_names_what_is_wrong(values: dict[str, Any], fields: set[str
     assert {problem.field for problem in problems} == fields
 
 
+def test_the_builder_pins_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replicas that Serve starts later have the weights of those that run."""
+    from kvmesh.cluster import app
+
+    monkeypatch.setattr(app, "pinned", lambda model: f"{model}@commit")
+    monkeypatch.setattr("ray.cluster_resources", dict)
+    bound: Any = app.build({"model": "owner/name", "groups": 2, "auth": KEYS})
+    _, engines, deployed = bound._bound_deployment.init_args
+    assert deployed.config.model == "owner/name@commit"
+    configs = [engine._bound_deployment.init_args[1] for engine in engines.values()]
+    assert [config.model for config in configs] == ["owner/name@commit"] * 2
+
+
 def test_other_applications_stay() -> None:
     def deployed(source: str) -> dict[str, Any]:
         return {"source": source, "deployed_app_config": {"import_path": f"{source}:app"}}

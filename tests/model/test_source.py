@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub.utils._paths import filter_repo_objects
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -318,35 +317,6 @@ def test_an_ingress_needs_and_fetches_no_weights(
     without, everything = asked
     assert not any("safetensors" in pattern for pattern in without)
     assert {*everything} - {*without} == {"*.safetensors"}
-
-
-def test_weights_that_are_not_read_are_not_fetched(
-    llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """GPT-OSS has its weights a second time in original/, Mistral in consolidated files."""
-    read = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors"]
-    read += ["additional_chat_templates/tool_use.jinja"]
-    copies = ["original/model.safetensors", "consolidated.safetensors"]
-    copies += ["original/a/model.safetensors", "consolidated-00001-of-00002.safetensors"]
-    fetched: list[str] = []
-
-    def download(name: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
-        fetched.extend(
-            filter_repo_objects(
-                [*read, *copies], allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
-            )
-        )
-        return str(llama)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    resolve_model("owner/name")
-    assert fetched == read
-
-
-def test_the_hub_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigError, match="hub cannot be reached"):
-        resolve_model("nobody/made-this", root=tmp_path)
 
 
 @pytest.mark.parametrize(

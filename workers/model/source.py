@@ -17,6 +17,7 @@ from kvmesh.workers.model.embedded import (
 )
 from kvmesh.workers.model.facts import read_facts, sample_digest
 from kvmesh.workers.model.gguf import check_gguf, convert_gguf, converted_bytes, is_gguf
+from kvmesh.workers.model.hub import HubModel
 from kvmesh.workers.model.store import ModelStore, default_root, installed_root
 from kvmesh.workers.rope_override import RopeOverride
 
@@ -24,9 +25,6 @@ Progress = Callable[[str, float | None], None]
 
 _TOKENIZER_FILES = ("*.json", "*.jinja")
 _HUB_FILES = (*_TOKENIZER_FILES, "*.safetensors")
-# Copies of the weights for other programs. Here a * also matches /.
-_UNREAD_FILES = ("*/*.safetensors", "consolidated*.safetensors")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +50,7 @@ def resolve_model(
     """The files of a model, downloaded and converted first if necessary.
 
     name_or_path: the embedded model's name, a Hugging Face directory, a GGUF
-        file, or a name on the hub
+        file, or a name on the hub, see HubModel
     progress: called with the current step and the share of it that is done, if known
     root: where converted models are kept; default_root() by default
     rope: replaces the model's scaling, and is part of its revision
@@ -85,13 +83,14 @@ def _find(
         directory, name = path, path.resolve().name
     elif path.is_file():
         directory, name = _gguf(path, store, report), path.stem
-    elif _HUB_NAME.fullmatch(name_or_path):
-        directory = _hub(name_or_path, report, hub_files)
+    elif (named := HubModel.parse(name_or_path)) is not None:
+        report(f"downloading {named}", None)
+        directory, name = named.download(hub_files), named.repo
     else:
         raise ConfigError(
             "model",
             f"{name_or_path!r} is not a model; expected {EMBEDDED_NAME}, a directory, a GGUF file"
-            " or a name on the hub (owner/name)",
+            " or a name on the hub (owner/name, or owner/name@revision)",
         )
     return directory, name
 
@@ -130,22 +129,3 @@ def _gguf(file: Path, store: ModelStore, report: Progress) -> Path:
         check_gguf(file)
         directory = store.make(key, file.stem, fill, converted_bytes(file))
     return directory
-
-
-def _hub(name: str, report: Progress, files: Sequence[str]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    report(f"downloading {name}", None)
-    try:
-        return Path(
-            snapshot_download(name, allow_patterns=list(files), ignore_patterns=list(_UNREAD_FILES))
-        )
-    except LocalEntryNotFoundError as error:
-        raise ConfigError(
-            "model",
-            f"{name} is not on this machine and the hub cannot be reached;"
-            " download the model or check the network",
-        ) from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ConfigError("model", f"{name} cannot be downloaded from the hub: {error}") from error

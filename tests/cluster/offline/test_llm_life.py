@@ -21,6 +21,7 @@ from kvmesh.cluster.offline import llm as llm_module
 from kvmesh.cluster.offline import local_cluster as local_cluster_module
 from kvmesh.cluster.offline.local_cluster import LocalCluster
 from kvmesh.workers.config import EngineConfig
+from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.local import InProcessExecutor
 from kvmesh.workers.plan import StepPlan
 from kvmesh.workers.rank import Rank
@@ -232,6 +233,21 @@ def test_an_engine_that_does_not_start_says_why(monkeypatch: pytest.MonkeyPatch)
         tiny_llm()
     while threading.active_count() > before:
         gc.collect()
+
+
+def test_a_model_is_pinned_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tokenizer and its weights are of one commit."""
+    read: list[str] = []
+
+    def resolve(model: str, **_: Any) -> None:
+        read.append(model)
+        raise ConfigError("model", "stop here")
+
+    monkeypatch.setattr(local_cluster_module, "pinned", lambda model: f"{model}@commit")
+    monkeypatch.setattr(local_cluster_module, "resolve_model", resolve)
+    with pytest.raises(ConfigError, match="stop here"):
+        LLM("owner/name")
+    assert read == ["owner/name@commit"]
 
 
 # Other processes
