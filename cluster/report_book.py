@@ -63,7 +63,6 @@ class ReportBook:
         found = {}
         for report in self.latest.values():
             for sequence in report.loads.oldest:
-                lease = leases.get(sequence.lease_id)
-                if lease is not None and lease.request is not None:
-                    found[sequence.lease_id] = lease.request.request_id
+                if (lease := leases.get(sequence.lease_id)) is not None:
+                    found[sequence.lease_id] = lease.request_id
         return found

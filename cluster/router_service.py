@@ -55,6 +55,7 @@ from kvmesh.cluster.routing.outcome import (
     Refused,
     Withdrawn,
 )
+from kvmesh.cluster.routing.request import Past
 from kvmesh.cluster.routing.router import Router
 from kvmesh.cluster.routing.status import router_status, tenant_status
 from kvmesh.cluster.telemetry.logs import about
@@ -153,11 +154,11 @@ class RouterService:
     def place(self, message: Place, peer: RouterPeer) -> None:
         request = message.request
         name = request.request_id
-        if self._draining and not request.resumed:
+        if self._draining and request.past < Past.ACCEPTED:
             peer.fail(message.call, Failure.of(DrainingError()))
             return
         if name in self.callers:
-            if not (request.supersedes or request.resumed):
+            if request.past < Past.AGAIN:
                 peer.fail(message.call, Failure.of(RequestIdInUseError(name)))
                 return
             self.settle(self.router.abort(name, self.clock()))

@@ -16,6 +16,7 @@ class LeaseTerms:
     shared_sealed_pages: of its sealed pages, those that an earlier lease of the group paid
         for when it was granted
     sequences: how many share it; each has an equal part
+    request_id, tenant: of its request, for a later router
     """
 
     lease_id: str
@@ -26,6 +27,8 @@ class LeaseTerms:
     shared_sealed_pages: int = 0
     sequences: int = 1
     number: int = 0
+    request_id: str = ""
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,12 +30,14 @@ class Failovers:
     total: how many
     suspicion: how many failed perhaps because of the request
     in_vain: since its latest token, except those that failed for another reason
+    ran: some had it
     """
 
     engines: frozenset[str] = frozenset()
     total: int = 0
     suspicion: int = 0
     in_vain: int = 0
+    ran: bool = False
     _tokens: int = 0
 
     def note(self, epoch: str, loss: Loss, tokens: int) -> None:
@@ -48,6 +50,7 @@ class Failovers:
         if tokens > self._tokens:
             self.in_vain = 0
         self._tokens = tokens
+        self.ran |= loss is not Loss.REFUSED
         self.suspicion += loss is Loss.SUSPECT
         self.in_vain += loss is not Loss.CLEARED
         if self.in_vain <= MAX_FAILOVERS:

@@ -50,7 +50,7 @@ from kvmesh.cluster.routing.errors import (
     RequestAbortedError,
     RequestIdInUseError,
 )
-from kvmesh.cluster.routing.request import PlaceRequest
+from kvmesh.cluster.routing.request import Past, PlaceRequest
 from kvmesh.cluster.telemetry.logs import about
 from kvmesh.cluster.telemetry.meters import IngressMeters
 from kvmesh.cluster.telemetry.traces import NO_TRACE, RequestTrace
@@ -259,7 +259,6 @@ class Generation:
         self._output.absorb()
         choices = self._output.choices
         longest = max(len(choice.token_ids) for choice in choices)
-        again = self._attempt is not None
         remaining_s, limit_s = self._remaining_s(), self._context.queue_timeout_s
         self._deadline_is_first = remaining_s is not None and remaining_s < limit_s
         return PlaceRequest(
@@ -272,10 +271,16 @@ class Generation:
             page_hashes=self._request.page_hashes,
             accepts=self._request.accepts,
             lost_engines=self._failovers.engines,
-            resumed=again,
-            supersedes=again or self._spec.resume is not None,
+            past=self._past(),
             sequences=max(len(self._output.unfinished), 1),
         )
+
+    def _past(self) -> Past:
+        if self._failovers.ran:
+            return Past.RAN
+        if self._attempt is not None:
+            return Past.ACCEPTED
+        return Past.NEW if self._spec.resume is None else Past.AGAIN
 
     def _submission(self, attempt: Attempt) -> Submit:
         request = self._request

@@ -40,7 +40,7 @@ from kvmesh.cluster.messages import (
 )
 from kvmesh.cluster.reports import ClusterStatus
 from kvmesh.cluster.routing.outcome import BudgetEstimate, Explained, TenantStatus
-from kvmesh.cluster.routing.request import PlaceRequest
+from kvmesh.cluster.routing.request import Past, PlaceRequest
 
 ANSWER_TIMEOUT_S = 15.0
 PLACE_GRACE_S = 0.5  # the router refuses a place itself in time, and says more
@@ -55,27 +55,33 @@ class HeldPlace:
     submitted: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Call:
     """One that has no answer yet.
 
     on_waiting: called with every Waiting before the answer
     due_s: when a place is of no use any more, on the event loop's clock
+    sent: over a connection, which may be lost by now
     """
 
     message: Any
     answer: asyncio.Future[Any]
     on_waiting: Callable[[Waiting], None]
     due_s: float | None = None
+    sent: bool = False
 
-    def again(self, now_s: float) -> Any:
-        """The message for another connection."""
-        if not isinstance(self.message, Place):
-            return self.message
-        left_s = None if self.due_s is None else max(self.due_s - now_s, MIN_TIMEOUT_S)
-        # The same router may still know the request from the lost connection.
-        request = replace(self.message.request, supersedes=True, timeout_s=left_s)
-        return Place(self.message.call, request)
+    def send(self, connection: Link, now_s: float) -> None:
+        """Over a first connection, or another one."""
+        message = self.message
+        if isinstance(message, Place):
+            left_s = None if self.due_s is None else max(self.due_s - now_s, MIN_TIMEOUT_S)
+            request = replace(message.request, timeout_s=left_s)
+            if self.sent:
+                # The same router may still know the request from the lost connection.
+                request = replace(request, past=max(request.past, Past.ACCEPTED))
+            message = Place(message.call, request)
+        connection.send(message)
+        self.sent = True
 
 
 def _ignore(waiting: Waiting) -> None: ...
@@ -195,9 +201,10 @@ class RouterLink:
     ) -> asyncio.Future[Any]:
         """A future of the answer; cancelling it forgets the call."""
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._open[message.call] = _Call(message, answer, on_waiting, due_s)
+        call = self._open[message.call] = _Call(message, answer, on_waiting, due_s)
         answer.add_done_callback(lambda _: self._open.pop(message.call))
-        self._send(message)
+        if self._connection is not None:
+            call.send(self._connection, asyncio.get_running_loop().time())
         return answer
 
     def _send(self, message: Any) -> None:
@@ -205,11 +212,11 @@ class RouterLink:
             self._connection.send(message)
 
     def _connected(self, connection: Link) -> RouterLink:
-        """Send the open calls, which a new router does not know."""
+        """Send the open calls, which this router may not know."""
         self._connection = connection
         now_s = asyncio.get_running_loop().time()
         for call in self._open.values():
-            connection.send(call.again(now_s))
+            call.send(connection, now_s)
         return self
 
     # The connection's handler

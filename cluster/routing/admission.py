@@ -19,7 +19,7 @@ from kvmesh.cluster.routing.outcome import BudgetEstimate, Decision, Enqueued, G
 from kvmesh.cluster.routing.placement import GroupChoice, Promise, prefill_s
 from kvmesh.cluster.routing.queue import WaitingQueue
 from kvmesh.cluster.routing.refusals import Refusals
-from kvmesh.cluster.routing.request import PlaceRequest
+from kvmesh.cluster.routing.request import Past, PlaceRequest
 from kvmesh.cluster.routing.verdict import NO_VERDICTS, Verdicts
 
 FRESH_S = 0.5  # what was found out about a waiting request is good for this long
@@ -63,7 +63,7 @@ class Admission:
             demand=demand,
             demand_at=now,
             since=now,
-            rank=(-request.priority, not request.resumed, due, self._arrivals),
+            rank=(-request.priority, -max(request.past, Past.AGAIN), due, self._arrivals),
             due=due,
             drain_s=DRAINS * demand.page_share * self._leases.mean_s,
             deadline=None if request.timeout_s is None else now + request.timeout_s,
@@ -81,8 +81,8 @@ class Admission:
                 self._fleet.tenants.enter(live.request.tenant)
                 self.queue.note_passed()
                 return [Granted(self._leases.grant(live, choice, now))]
-        # A request that lost its group waits all the same: there are no more of them than ran.
-        full = self.queue.full and not live.request.resumed
+        # One that was accepted before may wait all the same: they are no more than before.
+        full = self.queue.full and live.request.past < Past.ACCEPTED
         if full and choice.group is None:
             return [self._full(live, choice, ahead, now)]
         self._fleet.tenants.enter(live.request.tenant)
@@ -136,10 +136,11 @@ class Admission:
             choice = self._chooser.choose_waiting(demand, open_groups, now, promises, deferred_s)
             if choice.group is not None:
                 left.append(live)
-                decisions.append(Granted(self._leases.grant(live, choice, now)))
+                placement = self._leases.grant(live, choice, now)
+                decisions.append(Granted(placement))
                 if (kept := promises.get(choice.group.name)) is not None:
-                    assert live.lease is not None
-                    promises[kept.group] = kept.after_grant(live.lease)
+                    lease = self._leases[placement.lease.lease_id]
+                    promises[kept.group] = kept.after_grant(lease)
                 open_groups = backfill.among(self._chooser.open_groups(now))
                 continue
             if (later := choice.better_later) is not None:

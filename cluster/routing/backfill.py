@@ -11,7 +11,7 @@ from kvmesh.cluster.routing.fleet import Fleet
 from kvmesh.cluster.routing.group import Group
 from kvmesh.cluster.routing.placement import lasting_obstacle
 from kvmesh.cluster.routing.queue import LineKey
-from kvmesh.cluster.routing.request import PlaceRequest
+from kvmesh.cluster.routing.request import Past, PlaceRequest
 
 
 class Backfill:
@@ -39,7 +39,7 @@ class Backfill:
 
     def wants(self, line: LineKey) -> bool:
         """Whether any request of the line may start now, or is to be refused."""
-        if line.tenant in self._over_quota and not line.resumed:
+        if line.tenant in self._over_quota and line.past < Past.RAN:
             return False
         accepts = line.accepts
         if (found := self._accepted.get(accepts)) is None:

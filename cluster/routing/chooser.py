@@ -11,6 +11,7 @@ from kvmesh.cluster.routing.demand import RequestDemand
 from kvmesh.cluster.routing.fleet import Fleet
 from kvmesh.cluster.routing.group import Group
 from kvmesh.cluster.routing.placement import GroupChoice, PlacementWeights, Promise, choose
+from kvmesh.cluster.routing.request import Past
 
 SAMPLE_EVERY = 16  # arrivals
 SMOOTHING = 0.05  # weight of the newest sample
@@ -56,7 +57,7 @@ class Chooser:
         The first long prompt may always start, so that none starves; never held back is
         a request that has lost its group.
         """
-        if demand.request.resumed or demand.prefill_s <= self._long_s:
+        if demand.request.past is Past.RAN or demand.prefill_s <= self._long_s:
             return False
         up = [group for group in self._groups.values() if group.account is not None]
         spare = sum(not self._has_long(group) for group in up)

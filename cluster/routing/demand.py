@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from kvmesh.cluster.routing.config import RouterTuning
 from kvmesh.cluster.routing.output_lengths import OutputLengths
 from kvmesh.cluster.routing.prefix_index import PrefixIndex
-from kvmesh.cluster.routing.request import PlaceRequest
+from kvmesh.cluster.routing.request import Past, PlaceRequest
 from kvmesh.cluster.routing.verdict import Reason
 from kvmesh.workers.loads import EngineInfo
 from kvmesh.workers.sizes import PageGeometry, PageNeed
@@ -114,7 +114,7 @@ class DemandModel:
     def _leased_tokens(self, request: PlaceRequest) -> int:
         """The usual output; all of it for a resumed request, not to be disturbed again."""
         limit = request.max_tokens
-        if request.resumed:
+        if request.past is Past.RAN:
             return limit
         return min(limit, self._lengths.median(request.tenant, request.prompt_tokens) or limit)
 

@@ -13,7 +13,7 @@ from kvmesh.cluster.routing.ledger import Account
 from kvmesh.cluster.routing.output_lengths import OutputLengths
 from kvmesh.cluster.routing.pace import Backlog
 from kvmesh.cluster.routing.prefix_index import PrefixIndex
-from kvmesh.cluster.routing.request import PlaceRequest
+from kvmesh.cluster.routing.request import Past, PlaceRequest
 from kvmesh.workers.loads import EngineInfo
 
 
@@ -48,7 +48,7 @@ class Fleet:
 
         One that lost its group continues past its tenant's quota, as if it had grown there.
         """
-        return math.inf if request.resumed else self.tenants.quota_left(request.tenant)
+        return math.inf if request.past is Past.RAN else self.tenants.quota_left(request.tenant)
 
     def account(self, name: str) -> Account | None:
         """A group's page of the ledger; None while it is not up."""

@@ -22,13 +22,11 @@ class Leases(Mapping[str, Lease]):
 
     epoch: of this router; stands in the leases that it grants
     mean_s: how long a lease lasts, a moving average
-    num_adopted: those of requests that are not known
     """
 
     def __init__(self, fleet: Fleet, epoch: int) -> None:
         self.epoch = epoch
         self.mean_s = 1.0
-        self.num_adopted = 0
         self._fleet = fleet
         self._by_id: dict[str, Lease] = {}
         self._grants = 0
@@ -52,7 +50,7 @@ class Leases(Mapping[str, Lease]):
         age = (self.epoch, self._grants)
         lease = group.account.grant(age, here.leased, here.max, request, now, blocks)
         self._grants += 1
-        self._by_id[lease.lease_id] = live.lease = lease
+        self._by_id[lease.lease_id] = lease
         self._not_arrived.append(lease)
         cached = demand.cached_tokens(group.name, group.info.geometry.page_size)
         self._charge(lease, now + projected_s(group, demand, now), now)
@@ -70,11 +68,12 @@ class Leases(Mapping[str, Lease]):
             verdicts=choice.verdicts,
         )
 
-    def adopt(self, group: str, terms: LeaseTerms, now: float) -> None:
+    def adopt(self, group: str, terms: LeaseTerms, now: float) -> Lease:
         """Enter a lease that is not in the ledger and whose sequences the engine has."""
         lease = self._by_id[terms.lease_id] = self._account(group).adopt(terms, now)
-        self.num_adopted += 1
+        self._fleet.tenants.enter(lease.tenant)
         self._charge(lease, now + self.mean_s, now)
+        return lease
 
     def first_token(self, lease: Lease, now: float) -> None:
         """The lease's first token is out: its prompt, and those before it, are computed."""
@@ -117,12 +116,10 @@ class Leases(Mapping[str, Lease]):
         group = self._fleet.groups[lease.group]
         self._account(lease.group).release(lease)
         del self._by_id[lease.lease_id]
-        self.num_adopted -= lease.adopted
         self._settle(lease, self._bytes(lease), now)
         group.backlog.drop(lease.lease_id, now)
         self._wanting.discard(lease)
-        if lease.request is not None:
-            self._fleet.tenants.leave(lease.request.tenant)
+        self._fleet.tenants.leave(lease.tenant)
 
     def void(self, group: str, now: float) -> list[Lease]:
         """Release all leases of a group; those that it had."""
@@ -155,13 +152,9 @@ class Leases(Mapping[str, Lease]):
         entered = {lease.lease_id for account in accounts for lease in account.by_age()}
         if entered != self._by_id.keys():
             raise LedgerError(f"leases {entered ^ self._by_id.keys()} are not in both places")
-        adopted = sum(lease.adopted for lease in self._by_id.values())
-        if adopted != self.num_adopted:
-            raise LedgerError(f"{adopted} leases are adopted, {self.num_adopted} are counted")
         leased = Counter[str]()
         for lease in self._by_id.values():
-            if lease.request is not None:
-                leased[lease.request.tenant] += self._bytes(lease)
+            leased[lease.tenant] += self._bytes(lease)
         if leased != (charged := self._fleet.tenants.leased):
             raise LedgerError(f"tenants are charged for {charged}, their leases sum to {leased}")
 
@@ -177,14 +170,12 @@ class Leases(Mapping[str, Lease]):
     def _charge(self, lease: Lease, ends_at: float, now: float) -> None:
         """Expect the lease's end, and charge its tenant until then."""
         self._fleet.groups[lease.group].timeline.add(lease, ends_at)
-        if lease.request is not None:
-            self._fleet.tenants.charge(lease.request.tenant, self._bytes(lease), ends_at - now)
+        self._fleet.tenants.charge(lease.tenant, self._bytes(lease), ends_at - now)
 
     def _settle(self, lease: Lease, charged_bytes: int, now: float) -> None:
         """Undo `_charge`, but for what the tenant has used until now."""
         self._fleet.groups[lease.group].timeline.remove(lease)
-        if lease.request is not None:
-            self._fleet.tenants.settle(lease.request.tenant, charged_bytes, now - lease.ends_at)
+        self._fleet.tenants.settle(lease.tenant, charged_bytes, now - lease.ends_at)
 
     def _grow(self, lease: Lease, want: LeaseWant, now: float) -> bool:
         """Extend the lease beyond what it wants, else by just that; never past its maximum.

@@ -84,6 +84,8 @@ class Account:
             )
         lease = Lease(
             lease_id=f"{age[0]:x}-{age[1]}",
+            request_id=request.request_id,
+            tenant=request.tenant,
             group=self.group,
             age=age,
             need=need,
@@ -105,6 +107,8 @@ class Account:
         need = PageNeed(terms.hot_pages, terms.sealed_pages)
         lease = Lease(
             lease_id=terms.lease_id,
+            request_id=terms.request_id,
+            tenant=terms.tenant,
             group=self.group,
             age=(terms.epoch, terms.number),
             need=need,

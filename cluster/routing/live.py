@@ -17,7 +17,7 @@ from kvmesh.workers.sizes import PageNeed
 if TYPE_CHECKING:
     from kvmesh.cluster.routing.demand import RequestDemand
 
-Rank = tuple[int, bool, float, int]  # -priority, not resumed, due, arrival
+Rank = tuple[int, int, float, int]  # -priority, -past, due, arrival
 Age = tuple[int, int]  # epoch of the granting router, its grants before: lower is older
 
 
@@ -25,18 +25,21 @@ Age = tuple[int, int]  # epoch of the granting router, its grants before: lower 
 class Lease:
     """A reservation of pages on one group, from its grant to its end.
 
+    request_id, tenant: of the request that holds it
     need: pages of one rank that it covers, those shared with other leases included
     max: what it may grow to
     blocks: hashes of its prompt's runs of pages, from the first page on, that the group
         stores sealed; equal ones of a group are stored, and count, once
     shared: sealed pages of those blocks that others paid for when it was granted
-    request: None if the lease was adopted, when nothing is known of its request
+    request: None if the lease was adopted, when nothing else is known of its request
     arrived: its engine has its sequences
     ends_at: projected; its tenant is charged until then
     want: growth that waits for pages
     """
 
     lease_id: str
+    request_id: str
+    tenant: str
     group: str
     age: Age
     need: PageNeed
@@ -71,19 +74,20 @@ class Lease:
             shared_sealed_pages=self.shared,
             sequences=self.sequences,
             number=self.age[1],
+            request_id=self.request_id,
+            tenant=self.tenant,
         )
 
 
 @dataclass(slots=True, eq=False)
 class LiveRequest:
-    """A request from its arrival until it is refused, or its lease ends.
+    """A request that waits: from its arrival until it is refused, or has a lease.
 
     demand: what was found out about it at `demand_at`
     rank: its place among its tenant's requests; lower goes first
     due: it should have started by then; deadline: it must have, or None
     drain_s: to free its pages on a full group: how much earlier it becomes urgent
     start_at: when it could start if it were first in line, by the latest forecast, or None
-    lease: None while it waits
     """
 
     request: PlaceRequest
@@ -95,7 +99,6 @@ class LiveRequest:
     deadline: float | None
     drain_s: float
     start_at: float | None = None
-    lease: Lease | None = None
 
     @property
     def request_id(self) -> str:

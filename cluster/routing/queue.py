@@ -19,6 +19,7 @@ from sortedcontainers import SortedDict, SortedKeyList
 
 from kvmesh.cluster.routing.accepted_formats import AcceptedFormats
 from kvmesh.cluster.routing.live import LiveRequest, Rank
+from kvmesh.cluster.routing.request import Past
 from kvmesh.cluster.routing.rolling import RollingQuantile
 
 WAITS = 1024  # the latest waits, first come, first served, that bound how long late requests wait
@@ -32,13 +33,13 @@ class LineKey(NamedTuple):
     """What the requests of a line have in common: what may keep all of them from starting."""
 
     tenant: str
-    resumed: bool
+    past: Past
     accepts: AcceptedFormats
 
     @classmethod
     def of(cls, live: LiveRequest) -> LineKey:
         request = live.request
-        return cls(request.tenant, request.resumed, request.accepts)
+        return cls(request.tenant, request.past, request.accepts)
 
 
 class _Line:
@@ -51,7 +52,7 @@ class _Line:
     def __init__(self) -> None:
         self.timely: SortedDict[Rank, LiveRequest] = SortedDict()
         self.late: SortedDict[Rank, LiveRequest] = SortedDict()
-        self._urgent_until: dict[tuple[int, bool], float] = {}  # by the class of priority
+        self._urgent_until: dict[tuple[int, int], float] = {}  # by the class of priority
         self._urgent_at = -math.inf
         self._arrivals: deque[float] = deque()  # of as many as wait
         self._left: deque[float]  # since it was empty: the first to come, then each that left
@@ -94,13 +95,13 @@ class _Line:
         if self.timely.pop(live.rank, None) is None:
             del self.late[_late_rank(live)]
 
-    def _find_urgent(self, now: float, bound_s: float) -> dict[tuple[int, bool], float]:
+    def _find_urgent(self, now: float, bound_s: float) -> dict[tuple[int, int], float]:
         """Late requests become urgent in time to start: after all late ones before them.
 
         Small ones would fill a full group again before a large one fits, so it is urgent
         earlier, by the time in which the group frees its pages.
         """
-        until: dict[tuple[int, bool], float] = {}  # late ones that came by then are urgent
+        until: dict[tuple[int, int], float] = {}  # late ones that came by then are urgent
         rate = self._rate(now)
         bound_s = max(bound_s, len(self) / rate)
         for count, live in enumerate(self.late.values(), 1):
@@ -223,8 +224,8 @@ class WaitingQueue:
             self._deadlines.remove(live)
 
 
-# -priority, not resumed, used, turn, at, arrival
-_Key = tuple[int, bool, float, int, float, int]
+# -priority, -past, used, turn, at, arrival
+_Key = tuple[int, int, float, int, float, int]
 _Entry = tuple[_Key, LiveRequest, _Line, Iterator[LiveRequest]]
 URGENT, TIMELY, LATE = range(3)
 
@@ -234,17 +235,17 @@ def _entries(
 ) -> list[_Entry]:
     """The next of the followers, if there is one."""
     for live in followers:
-        priority, fresh, due, arrival = live.rank
+        priority, past, due, arrival = live.rank
         turn, at = TIMELY, due
         if due < now:
             turn, at = (URGENT if line.is_urgent(live) else LATE), live.since
-        return [((priority, fresh, used, turn, at, arrival), live, line, followers)]
+        return [((priority, past, used, turn, at, arrival), live, line, followers)]
     return []
 
 
 def _late_rank(live: LiveRequest) -> Rank:
-    priority, fresh, _, arrival = live.rank
-    return (priority, fresh, live.since, arrival)
+    priority, past, _, arrival = live.rank
+    return (priority, past, live.since, arrival)
 
 
 def _deadline(live: LiveRequest) -> float:

@@ -12,14 +12,15 @@ MAX_PER_REQUEST = 8
 
 
 class Records:
-    """Live requests by id, the newest incarnation of each, and totals since the start.
+    """Live requests by id, and totals since the start.
 
     refused: by the error's class name
     max_verdicts: of decisions that are kept, the latest requests' ones
     """
 
     def __init__(self, max_verdicts: int = MAX_VERDICTS) -> None:
-        self.live: dict[str, LiveRequest] = {}
+        # The newest incarnation of each: it waits, or holds a lease.
+        self._live: dict[str, LiveRequest | Lease] = {}
         self.granted = 0
         self.released = 0
         self.expired = 0
@@ -29,30 +30,46 @@ class Records:
         self._decided: OrderedDict[str, list[tuple[float, Decision]]] = OrderedDict()
         self._verdicts = 0
 
+    @property
+    def num_live(self) -> int:
+        return len(self._live)
+
+    def newest(self, request_id: str) -> LiveRequest | Lease | None:
+        """The request's newest incarnation: it waits, or holds a lease."""
+        return self._live.get(request_id)
+
+    def waits(self, live: LiveRequest) -> None:
+        """The request waits for a lease, and replaces any older incarnation."""
+        self._live[live.request_id] = live
+
+    def gave_up(self, live: LiveRequest) -> None:
+        """A waiting request is over."""
+        if self._live.get(live.request_id) is live:
+            del self._live[live.request_id]
+
+    def leased(self, lease: Lease) -> None:
+        """The lease's request has it now, and waits no longer."""
+        self._live[lease.request_id] = lease
+
     def lease_over(self, lease: Lease, *, expired: bool = False) -> None:
         """The lease has ended, and its request with it unless it was superseded."""
-        if lease.request is None:
-            return
-        self.expired += expired
-        self.released += not expired
+        if not lease.adopted:
+            self.expired += expired
+            self.released += not expired
         self.request_over(lease)
 
     def request_over(self, lease: Lease) -> None:
         """The request of the lease has ended, unless a newer one has its id."""
-        if lease.request is None:
-            return
-        live = self.live.get(lease.request.request_id)
-        if live is not None and live.lease is lease:
-            del self.live[live.request_id]
+        if self._live.get(lease.request_id) is lease:
+            del self._live[lease.request_id]
 
     def note(self, decision: Decision, now: float) -> None:
         """Count a decision, and keep it to explain it. A waiting request is over if refused."""
         self.granted += isinstance(decision, Granted)
         if isinstance(decision, Refused):
             self.refused[type(decision.error).__name__] += 1
-            live = self.live.get(decision.request_id)
-            if live is not None and live.lease is None:  # else of an older incarnation
-                del self.live[live.request_id]
+            if isinstance(live := self._live.get(decision.request_id), LiveRequest):
+                self.gave_up(live)  # else of an older incarnation
         entries = self._decided.setdefault(decision.request_id, [])
         self._decided.move_to_end(decision.request_id)
         entries.append((now, decision))

@@ -22,6 +22,7 @@ from kvmesh.cluster.routing.forecast import earliest_start
 from kvmesh.cluster.routing.group import Group
 from kvmesh.cluster.routing.leases import Leases
 from kvmesh.cluster.routing.placement import GroupChoice, lease_bytes, never_taken
+from kvmesh.cluster.routing.request import Past
 from kvmesh.cluster.routing.verdict import Verdicts
 
 
@@ -71,7 +72,7 @@ class Refusals:
         """Whether the request alone exceeds its tenant's quota, and has to keep to it."""
         request = demand.request
         quota = self._fleet.tenants.policy(request.tenant).quota_bytes
-        return quota is not None and not request.resumed and self.min_bytes(demand) > quota
+        return quota is not None and request.past < Past.RAN and self.min_bytes(demand) > quota
 
     def queue_full(
         self, demand: RequestDemand, choice: GroupChoice, ahead: int, now: float

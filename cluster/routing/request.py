@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 
 from kvmesh.cluster.routing.accepted_formats import ANY_FORMAT, AcceptedFormats
+
+
+class Past(enum.IntEnum):
+    """What has become of a request before; each value includes those below it.
+
+    AGAIN: an older incarnation with the same id, if there is one, is aborted first
+    ACCEPTED: it waited, or had a lease that its engine did not take: it may wait though the
+        queue is full, or the router drains
+    RAN: it lost its group while running: its tenant's quota does not hold it up, and it is
+        leased in full so that it is not disturbed again
+    Those that were accepted go first within their priority.
+    """
+
+    NEW = 0
+    AGAIN = 1
+    ACCEPTED = 2
+    RAN = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +39,6 @@ class PlaceRequest:
     lost_engines: epochs of engines that the request has lost; a group counts as down for
         it until another incarnation of its engine is up, or the router still has this one
         after a while
-    resumed: lost its group while running; goes first within its priority, and is
-        leased in full so that it is not disturbed again
-    supersedes: an older incarnation with the same id is aborted first; `resumed` implies it
     sequences: how many share the request (n > 1); one lease covers all of them
     """
 
@@ -36,8 +51,7 @@ class PlaceRequest:
     page_hashes: tuple[bytes, ...] = ()
     accepts: AcceptedFormats = ANY_FORMAT
     lost_engines: frozenset[str] = frozenset()
-    resumed: bool = False
-    supersedes: bool = False
+    past: Past = Past.NEW
     sequences: int = 1
 
     def __post_init__(self) -> None:

@@ -20,10 +20,10 @@ from kvmesh.cluster.routing.errors import (
 )
 from kvmesh.cluster.routing.fleet import Fleet
 from kvmesh.cluster.routing.leases import Leases
-from kvmesh.cluster.routing.live import LiveRequest
-from kvmesh.cluster.routing.outcome import Outcome, Refused, Withdrawn
+from kvmesh.cluster.routing.live import Lease, LiveRequest
+from kvmesh.cluster.routing.outcome import Decision, Granted, Outcome, Refused, Withdrawn
 from kvmesh.cluster.routing.records import Records
-from kvmesh.cluster.routing.request import PlaceRequest
+from kvmesh.cluster.routing.request import Past, PlaceRequest
 from kvmesh.workers.lease import AccountUpdate, LeaseTerms
 from kvmesh.workers.loads import EngineInfo
 
@@ -62,8 +62,8 @@ class Router:
         it has the same id, so settle the others before the request's own outcome.
         """
         others: list[Outcome] = []
-        if (older := self.records.live.get(request.request_id)) is not None:
-            if not (request.supersedes or request.resumed):
+        if (older := self.records.newest(request.request_id)) is not None:
+            if request.past < Past.AGAIN:
                 # Counted alone: it says nothing about the live request.
                 self.records.refused[RequestIdInUseError.__name__] += 1
                 return [Refused(request.request_id, RequestIdInUseError(request.request_id))]
@@ -71,18 +71,17 @@ class Router:
         live = self.admission.arrive(request, now)
         own, *more = self.admission.place(live, now)
         if not isinstance(own, Refused):
-            self.records.live[request.request_id] = live
-        for decision in (own, *more):
-            self.records.note(decision, now)
+            self.records.waits(live)
+        self._note((own, *more), now)
         return [own, *others, *more]
 
     def cancel(self, request_id: str, now: float) -> list[Outcome]:
         """The caller of a waiting request is gone. There is no outcome for itself."""
-        live = self.records.live.get(request_id)
-        if live is None or live.lease is not None:
+        live = self.records.newest(request_id)
+        if not isinstance(live, LiveRequest):
             return []
         self.admission.give_up(live, now)
-        del self.records.live[request_id]
+        self.records.gave_up(live)
         return self._continue(now)
 
     def abort(self, request_id: str, now: float) -> list[Outcome]:
@@ -91,7 +90,7 @@ class Router:
         A waiting one is refused. A lease is withdrawn, and stays until the engine says
         that it has ended.
         """
-        live = self.records.live.get(request_id)
+        live = self.records.newest(request_id)
         if live is None:
             return []
         return [*self._abort(live, now), *self._continue(now)]
@@ -138,7 +137,7 @@ class Router:
         self._void(group, now)
         self.fleet.up(group, info, draining=draining)
         for terms in leases:
-            self.leases.adopt(group, terms, now)
+            self._adopt(group, terms, now)
         return self._continue(now)
 
     def group_down(self, group: str, now: float) -> list[Outcome]:
@@ -163,7 +162,7 @@ class Router:
         for terms in update.arrived:
             if (lease := leases.get(terms.lease_id)) is None:
                 # Granted by a former router, or before the group's connection broke.
-                leases.adopt(group, terms, now)
+                self._adopt(group, terms, now)
             else:
                 lease.arrived = True
         for lease_id in update.first_tokens:
@@ -190,7 +189,7 @@ class Router:
             assert live.request.timeout_s is not None
             error = DeadlineUnreachableError(live.request.timeout_s, None)
             refused = Refused(live.request_id, error)
-            self.records.note(refused, now)
+            self._note([refused], now)
             outcomes.append(refused)
         for lease in self.leases.never_arrived(now - self.config.lease_ttl_s):
             self.leases.release(lease, now)
@@ -204,16 +203,28 @@ class Router:
         """Use what has become free: leases that want more come before new ones."""
         grown = self.leases.grow_wanting(now)
         decisions = self.admission.admit(now)
-        for decision in decisions:
-            self.records.note(decision, now)
+        self._note(decisions, now)
         return [*grown, *decisions]
 
-    def _abort(self, live: LiveRequest, now: float) -> list[Outcome]:
-        if live.lease is not None:
-            return [Withdrawn(live.lease.group, live.lease.lease_id)]
+    def _note(self, decisions: Iterable[Decision], now: float) -> None:
+        for decision in decisions:
+            self.records.note(decision, now)
+            if isinstance(decision, Granted):
+                self.records.leased(self.leases[decision.placement.lease.lease_id])
+
+    def _adopt(self, group: str, terms: LeaseTerms, now: float) -> None:
+        """Enter a lease that is not in the ledger, and whose sequences the engine has."""
+        lease = self.leases.adopt(group, terms, now)
+        newest = self.records.newest(lease.request_id)
+        if newest is None or (isinstance(newest, Lease) and newest.age < lease.age):
+            self.records.leased(lease)
+
+    def _abort(self, live: LiveRequest | Lease, now: float) -> list[Outcome]:
+        if isinstance(live, Lease):
+            return [Withdrawn(live.group, live.lease_id)]
         self.admission.give_up(live, now)
         refused = Refused(live.request_id, RequestAbortedError())
-        self.records.note(refused, now)
+        self._note([refused], now)
         return [refused]
 
     def _void(self, group: str, now: float) -> None:

@@ -14,8 +14,7 @@ def router_status(router: Router, now: float) -> RouterStatus:
         ready=router.admission.ready(now),
         queue_depth=len(queue),
         queue_limit=queue.limit,
-        # What a former router granted runs as well, and stopping the cluster waits for it.
-        live_requests=len(records.live) + router.leases.num_adopted,
+        live_requests=records.num_live,
         leases=len(router.leases),
         groups=tuple(group.status() for group in router.fleet.groups.values()),
         granted_total=records.granted,

@@ -29,6 +29,7 @@ from kvmesh.cluster.routing.errors import (
     NoRoomError,
     RequestIdInUseError,
 )
+from kvmesh.cluster.routing.request import Past
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import InvalidFieldError, PoolCapacityError, WorkerDiedError
 from kvmesh.workers.sizes import PageNeed
@@ -458,7 +459,7 @@ async def test_a_request_continues_on_another_engine_when_its_own_is_lost(
         assert len(output) >= 12
         assert output == expected[: len(output)]
     placed = two.router.placed[-1]
-    assert placed.resumed and placed.prompt_tokens >= len(PROMPT) + 12
+    assert placed.past is Past.RAN and placed.prompt_tokens >= len(PROMPT) + 12
     assert placed.prompt_tokens + placed.max_tokens == len(PROMPT) + 120
 
 

@@ -43,7 +43,7 @@ from kvmesh.cluster.routing.errors import (
     RequestAbortedError,
     RequestIdInUseError,
 )
-from kvmesh.cluster.routing.request import PlaceRequest
+from kvmesh.cluster.routing.request import Past, PlaceRequest
 from kvmesh.cluster.telemetry import table
 from kvmesh.cluster.telemetry.meters import IngressMeters
 from kvmesh.v1 import kvmesh_pb2 as pb
@@ -496,7 +496,7 @@ async def test_after_a_loss_only_what_is_missing_is_asked_for() -> None:
     alone.deliver("l1.0", 9)  # too late: it is computed again
     asked = alone.around.asked[1]
     assert (asked.prompt_tokens, asked.max_tokens) == (len(PROMPT) + 3, 20 - 3)
-    assert (asked.sequences, asked.resumed, asked.supersedes) == (1, True, True)
+    assert (asked.sequences, asked.past) == (1, Past.RAN)
     assert asked.lost_engines == {"e0"}
     assert (asked.timeout_s, sent.timeout_s) == (20.0, 20.0)
     assert [x.request_id for x in sent.sequences] == ["l2.0"]
@@ -531,7 +531,7 @@ async def test_choices_that_had_finished_are_not_submitted() -> None:
     sent = await alone.submitted()
     (asked,) = alone.around.asked
     assert (asked.prompt_tokens, asked.max_tokens) == (len(PROMPT) + 2, 20 - 2)
-    assert (asked.sequences, asked.resumed, asked.supersedes) == (1, False, True)
+    assert (asked.sequences, asked.past) == (1, Past.AGAIN)
     assert [x.request_id for x in sent.sequences] == ["l1.0"]
     assert [x.output for x in sent.sequences] == [np.array([7], "<i4").tobytes()]
     alone.deliver("l1.0", 8, end=EndReason.LENGTH)
@@ -741,7 +741,7 @@ async def test_a_refusal_by_the_engine_is_tried_again_a_few_times(
         )
     with pytest.raises(PoolCapacityError):
         await over(task)
-    assert len(alone.around.asked) == MAX_REFUSALS
+    assert [x.past for x in alone.around.asked] == [Past.NEW, *[Past.ACCEPTED] * (MAX_REFUSALS - 1)]
     assert paused == [2.0**number for number in range(1, MAX_REFUSALS)]
     assert alone.around.given_back == ["released"] * MAX_REFUSALS, "nothing runs under the lease"
 

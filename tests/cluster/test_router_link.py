@@ -34,7 +34,7 @@ from kvmesh.cluster.messages import (
     TenantUse,
     Waiting,
 )
-from kvmesh.cluster.routing.request import PlaceRequest
+from kvmesh.cluster.routing.request import Past, PlaceRequest
 from kvmesh.workers.lease import LeaseTerms
 from tests.cluster.machine import PATIENCE_S
 from tests.routing.groups import ask, make_info
@@ -187,7 +187,7 @@ async def test_open_calls_are_made_again_over_the_next_connection() -> None:
     repeated, *rest = again.take()
     assert isinstance(place, Place) and isinstance(repeated, Place)
     assert repeated.call == place.call
-    assert repeated.request == PlaceRequest("a", 160, 160, supersedes=True)
+    assert repeated.request == PlaceRequest("a", 160, 160, past=Past.ACCEPTED)
     assert isinstance(abort, Abort)
     assert rest[0] == abort
     assert rest[1].request_id == "tenant/c"  # type: ignore[attr-defined]
@@ -206,6 +206,20 @@ async def test_open_calls_are_made_again_over_the_next_connection() -> None:
     assert third.take() == [Drain()]
 
 
+async def test_a_place_that_no_router_has_seen_is_new() -> None:
+    """Its id may be that of a live request, which it must not end."""
+    link = RouterLink(IDENTITY, nowhere)
+    waits = asyncio.create_task(hold(link, asyncio.Event(), [], submitted=False))
+    await turns()
+    (first,) = connect(link).take()
+    assert isinstance(first, Place) and first.request.past is Past.NEW
+    link.lost()
+    (again,) = connect(link).take()
+    assert isinstance(again, Place) and again.request.past is Past.ACCEPTED
+    waits.cancel()
+    await asyncio.wait([waits])
+
+
 async def test_a_repeated_place_has_the_time_that_is_left() -> None:
     link, wire = linked()
     request = ask("a", timeout_s=1000.0)
@@ -217,15 +231,20 @@ async def test_a_repeated_place_has_the_time_that_is_left() -> None:
     waits = asyncio.create_task(place())
     await turns()
     (first,) = wire.take()
-    assert isinstance(first, Place) and first.request == request
+    assert isinstance(first, Place) and first.request.timeout_s is not None
+    assert 900 < first.request.timeout_s <= 1000
     link.lost()
-    (repeated,) = connect(link).take()
+    again = connect(link)
+    (repeated,) = again.take()
     assert isinstance(repeated, Place)
     assert repeated.request.timeout_s is not None
     assert 900 < repeated.request.timeout_s < 1000
     (call,) = link._open.values()
     assert call.due_s is not None
-    assert call.again(call.due_s + 1).request.timeout_s > 0, "the router refuses it at once"
+    call.send(again, call.due_s + 1)  # type: ignore[arg-type]
+    (late,) = again.take()
+    assert isinstance(late, Place) and late.request.timeout_s is not None
+    assert late.request.timeout_s > 0, "the router refuses it at once"
     waits.cancel()
     await asyncio.wait([waits])
 

@@ -42,6 +42,7 @@ from kvmesh.cluster.router_service import (
 )
 from kvmesh.cluster.routing.config import RouterConfig, RouterTuning
 from kvmesh.cluster.routing.errors import RequestAbortedError, RequestIdInUseError
+from kvmesh.cluster.routing.request import Past
 from kvmesh.cluster.routing.status import router_status
 from kvmesh.cluster.telemetry import table
 from kvmesh.cluster.telemetry.meters import RouterMeters
@@ -230,10 +231,10 @@ def test_an_id_that_is_in_use_is_refused_unless_the_request_replaces_it() -> Non
     ingress.says(Place(2, ask("wait")))
     assert isinstance(failure(again.says(Place(2, ask("wait")))), RequestIdInUseError)
     assert routed.waiting == 1
-    (news,) = again.says(Place(3, ask("wait", supersedes=True)))
+    (news,) = again.says(Place(3, ask("wait", past=Past.AGAIN)))
     assert isinstance(news, Waiting)
     assert isinstance(failure(ingress.heard[-1:]), RequestAbortedError)
-    (_, news) = [*again.says(Place(4, ask("wait", resumed=True)))]
+    (_, news) = [*again.says(Place(4, ask("wait", past=Past.RAN)))]
     assert isinstance(news, Waiting)
     assert routed.waiting == 1
     assert [x.call for x in again.all_of(CallFailed)] == [1, 2, 3]  # type: ignore[attr-defined]
@@ -241,14 +242,17 @@ def test_an_id_that_is_in_use_is_refused_unless_the_request_replaces_it() -> Non
     assert again.heard[-1].call == 4  # type: ignore[attr-defined]
 
 
-def test_a_draining_router_takes_only_requests_that_run_already() -> None:
+def test_a_draining_router_takes_only_requests_that_were_accepted() -> None:
     routed = Routed("g0")
     ingress = FarEnd(routed)
     assert not routed.service.status().draining
     ingress.says(Drain())
     assert routed.service.status().draining
     assert isinstance(failure(ingress.says(Place(1, ask("new")))), DrainingError)
-    placed(ingress, "old", 2, resumed=True)
+    assert isinstance(failure(ingress.says(Place(2, ask("n", past=Past.AGAIN)))), DrainingError)
+    ran = placed(ingress, "ran", 3, past=Past.RAN)
+    ingress.says(Release(ran.lease.lease_id))
+    placed(ingress, "waited", 4, past=Past.ACCEPTED)
 
 
 def test_an_abort_says_whether_there_was_such_a_request() -> None:

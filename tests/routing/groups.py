@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import fields, replace
+from typing import Any
 
 from kvmesh.cluster.routing.accepted_formats import AcceptedFormats
 from kvmesh.cluster.routing.config import RouterConfig, RouterTuning
@@ -138,9 +139,10 @@ def grant(
     return account.grant((7, number), need, max_need, request, 0.0, blocks)
 
 
-def foreign(number: int, hot: int, sealed: int, max_sealed: int = 0, **rest: int) -> LeaseTerms:
-    """Terms that another router granted."""
-    return LeaseTerms(f"3-{number}", 3, hot, sealed, max_sealed, number=number, **rest)
+def foreign(number: int, hot: int, sealed: int, max_sealed: int = 0, **rest: Any) -> LeaseTerms:
+    """Terms that another router granted, to request f0, f1, ... of tenant `before`."""
+    terms = LeaseTerms(f"3-{number}", 3, hot, sealed, max_sealed, number=number)
+    return replace(terms, request_id=f"f{number}", tenant="before", **rest)
 
 
 def info_like(info: EngineInfo, epoch: str) -> EngineInfo:

@@ -19,6 +19,7 @@ from kvmesh.cluster.routing.errors import (
 from kvmesh.cluster.routing.fairness import TenantPolicy
 from kvmesh.cluster.routing.live import LiveRequest
 from kvmesh.cluster.routing.outcome import Enqueued, Granted, Refused
+from kvmesh.cluster.routing.request import Past
 from kvmesh.cluster.routing.router import Router
 from kvmesh.cluster.routing.verdict import Reason
 from tests.routing.groups import (
@@ -48,7 +49,7 @@ def many_wait(router: Router, count: int, **rest: object) -> None:
         live = router.admission.arrive(ask(f"r{number}", **rest), 0.0)  # type: ignore[arg-type]
         router.fleet.tenants.enter(live.request.tenant)
         router.admission.queue.put(live)
-        router.records.live[live.request_id] = live
+        router.records.waits(live)
     assert router.tick(0.0) == []
 
 
@@ -106,7 +107,7 @@ def test_however_many_wait_for_their_quota_others_are_served(many: int, left: in
     first = place(router, "first", 160, 160, 0.0, tenant="x")
     many_wait(router, many, tenant="x")
     assert place(router, "other", 160, 160, 0.0, tenant="y").group == "g0"
-    lost = place(router, "lost", 160, 160, 0.0, tenant="x", resumed=True, priority=-1)
+    lost = place(router, "lost", 160, 160, 0.0, tenant="x", past=Past.RAN, priority=-1)
     assert lost.group == "g0", "it may pass the quota"
     end(router, lost, 1.0)
     assert granted(end(router, first, 1.0)).request_id == "r0"
@@ -151,7 +152,7 @@ def test_however_many_have_lost_a_group_that_the_router_still_has_others_are_ser
     infos = {name: make_info(epoch=name, kv_format=name) for name in ("exact", "int4")}
     router = router_with(groups=infos)
     lost = frozenset({"exact"})
-    many_wait(router, 32, accepts=only("exact"), lost_engines=lost, resumed=True)
+    many_wait(router, 32, accepts=only("exact"), lost_engines=lost, past=Past.RAN)
     assert place(router, "other", 160, 160, 0.0, accepts=only("int4")).group == "int4"
 
 
@@ -261,7 +262,7 @@ def test_a_request_that_lost_its_group_does_not_continue_in_another_format() -> 
     place(router, "a", 160, 160, 0.0, accepts=only("exact"))
     router.group_down("exact", 1.0)
     lost = frozenset({"exact"})
-    waits(router, "a", now=1.0, accepts=only("exact"), resumed=True, lost_engines=lost)
+    waits(router, "a", now=1.0, accepts=only("exact"), past=Past.RAN, lost_engines=lost)
     back = make_info(epoch="again", kv_format="exact")
     assert granted(router.group_up("exact", back, (), 2.0)).group == "exact"
 

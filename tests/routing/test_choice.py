@@ -169,7 +169,7 @@ def test_a_promise_is_kept_by_what_ends_before_it() -> None:
 
 def test_what_ends_after_a_promise_takes_of_what_is_spare() -> None:
     promise = Promise("other", "g0", 50.0, PageNeed(10, 20))
-    lease = Lease("l", "g0", (1, 0), PageNeed(4, 5), PageNeed(4, 5), 1, granted_at=0.0)
+    lease = Lease("l", "r", "t", "g0", (1, 0), PageNeed(4, 5), PageNeed(4, 5), 1, granted_at=0.0)
     for ends_at, spare in ((50.0, PageNeed(10, 20)), (50.1, PageNeed(6, 15))):
         lease.ends_at = ends_at
         assert promise.after_grant(lease) == Promise("other", "g0", 50.0, spare)

@@ -13,6 +13,7 @@ from kvmesh.cluster.routing.live import Lease
 from kvmesh.cluster.routing.output_lengths import OutputLengths
 from kvmesh.cluster.routing.pace import Backlog, Pace
 from kvmesh.cluster.routing.prefix_index import PrefixIndex
+from kvmesh.cluster.routing.request import Past
 from kvmesh.cluster.routing.timeline import Timeline
 from kvmesh.workers.sizes import PageNeed
 from tests.routing.groups import ask, emit, end, make_info, place, router_with
@@ -105,7 +106,7 @@ def test_a_lease_covers_the_usual_output_and_a_resumed_ones_all_of_it() -> None:
     short = model.demand(ask("a", 200, 400), kinds)
     assert short.leased_tokens == 51
     assert model.demand(ask("b", 20, 400), kinds).leased_tokens == 400, "nothing is known"
-    assert model.demand(ask("c", 200, 400, resumed=True), kinds).leased_tokens == 400
+    assert model.demand(ask("c", 200, 400, past=Past.RAN), kinds).leased_tokens == 400
     assert model.demand(ask("d", 200, 40), kinds).leased_tokens == 40
     (here,) = short.by_kind
     assert here.max == info.geometry.peak_need(600)
@@ -137,7 +138,7 @@ def test_room_comes_with_the_ends_in_their_order() -> None:
         [("a", 10, 30.0), ("b", 20, 10.0), ("c", 5, 20.0)]
     ):
         need = PageNeed(1, pages)
-        leases[name] = Lease(name, "g", (1, number), need, need, 1, granted_at=0.0)
+        leases[name] = Lease(name, "r", "t", "g", (1, number), need, need, 1, granted_at=0.0)
         timeline.add(leases[name], ends_at)
     free = PageNeed(10, 2)
     assert timeline.room_at(PageNeed(1, 2), free, 5.0) == 5.0
@@ -158,7 +159,9 @@ def test_a_lease_that_has_run_very_long_may_outlast_those_after_it() -> None:
     timeline = Timeline()
     need = PageNeed(1, 10)
     for number, (granted_at, ends_at) in enumerate([(0.0, 50.0), (99.0, 103.0), (99.0, 104.0)]):
-        lease = Lease(f"l{number}", "g", (1, number), need, need, 1, granted_at=granted_at)
+        lease = Lease(
+            f"l{number}", "r", "t", "g", (1, number), need, need, 1, granted_at=granted_at
+        )
         timeline.add(lease, ends_at)
     free = PageNeed(0, 0)
     # The first is given a tenth of its age again, and no room comes with the second alone.

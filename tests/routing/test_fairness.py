@@ -8,6 +8,7 @@ import pytest
 from kvmesh.cluster.routing.errors import NoAllowedFormatError, QuotaExceededError
 from kvmesh.cluster.routing.fairness import TenantPolicy, Tenants
 from kvmesh.cluster.routing.outcome import Enqueued, Granted, Placement, Refused
+from kvmesh.cluster.routing.request import Past
 from kvmesh.cluster.routing.router import Router
 from tests.routing.groups import ask, end, granted, make_info, only, router_with
 
@@ -126,7 +127,7 @@ def test_a_request_that_lost_its_group_continues_past_its_tenants_quota() -> Non
     tenants = {"t": TenantPolicy(quota_bytes=4 * 1000 + 17 * 300)}
     router = router_with(groups={"g0": make_info()}, tenants=tenants)
     granted(router.place(ask("other", tenant="t"), 0.0))
-    lost = ask("lost", 320, 320, tenant="t", resumed=True)
+    lost = ask("lost", 320, 320, tenant="t", past=Past.RAN)
     assert granted(router.place(lost, 0.0)).group == "g0"
     assert isinstance(router.place(ask("next", tenant="t"), 0.0)[0], Enqueued)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kvmesh.cluster.routing.outcome import Enqueued, Granted
+from kvmesh.cluster.routing.request import Past
 from kvmesh.cluster.routing.status import router_status
 from kvmesh.cluster.routing.verdict import Reason
 from kvmesh.workers.lease import AccountUpdate, LeaseEnd
@@ -43,7 +44,7 @@ def test_what_a_group_still_has_when_it_leaves_is_void() -> None:
     (left,) = router_status(router, 1.0).groups
     assert left.group != first.group
     # Its request comes again, and finds the other group.
-    again = granted(router.place(ask("a", resumed=True), 2.0))
+    again = granted(router.place(ask("a", past=Past.RAN), 2.0))
     assert again.group == left.group
 
 

@@ -151,7 +151,7 @@ def test_terms_say_what_others_paid_for(account: Account) -> None:
     second = grant(account, PageNeed(2, 20), number=1, blocks=blocks[:3], sequences=2)
     assert first.terms.shared_sealed_pages == 0
     # one page of the first block is the sink's
-    assert second.terms == LeaseTerms("7-1", 7, 2, 20, 20, 11, sequences=2, number=1)
+    assert second.terms == LeaseTerms("7-1", 7, 2, 20, 20, 11, 2, 1, "r", "default")
     account.check_integrity()
 
 

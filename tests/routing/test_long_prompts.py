@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kvmesh.cluster.routing.chooser import SAMPLE_EVERY
 from kvmesh.cluster.routing.outcome import Enqueued
+from kvmesh.cluster.routing.request import Past
 from kvmesh.cluster.routing.router import Router
 from kvmesh.cluster.routing.verdict import Reason
 from tests.routing.groups import SLOW, ask, emit, end, granted, make_info, place, router_with
@@ -43,6 +44,6 @@ def test_where_groups_are_needed_long_prompts_go_one_after_another() -> None:
     # It is promised no group, so those after it continue.
     place(router, "short", 100, 10, 7.0)
     # A request that has lost its group is not held back.
-    lost = place(router, "lost", LONG_TOKENS, 10, 8.0, resumed=True)
+    lost = place(router, "lost", LONG_TOKENS, 10, 8.0, past=Past.RAN)
     assert end(router, lost, 9.0) == []
     assert granted(emit(router, first, 85.0)).request_id == "b"

@@ -39,7 +39,7 @@ from kvmesh.cluster.routing.outcome import (
     Refused,
     Withdrawn,
 )
-from kvmesh.cluster.routing.request import PlaceRequest
+from kvmesh.cluster.routing.request import Past, PlaceRequest
 from kvmesh.cluster.routing.router import Router
 from kvmesh.cluster.routing.status import router_status
 from kvmesh.workers.lease import AccountUpdate, LeaseEnd, LeaseTerms, LeaseWant
@@ -420,7 +420,8 @@ class RouterMachine(RuleBasedStateMachine):
         assert [standing.position for standing in standings] == list(range(len(standings)))
         names = [standing.request_id for standing in standings]
         assert sorted(names) == sorted(x for x, job in self.all.items() if job.state == "queued")
-        ranks = [self.router.records.live[name].rank[:2] for name in names]
+        waiting = {live.request_id: live.rank[:2] for live in self.router.admission.queue}
+        ranks = [waiting[name] for name in names]
         assert ranks == sorted(ranks)
         for standing in standings:
             assert standing.projected_start_s is None or standing.projected_start_s >= 0
@@ -518,8 +519,7 @@ class RouterMachine(RuleBasedStateMachine):
             old,
             prompt_tokens=old.prompt_tokens + emitted,
             max_tokens=old.max_tokens - emitted,
-            resumed=old.resumed or emitted > 0,
-            supersedes=True,
+            past=Past.RAN if emitted else max(old.past, Past.AGAIN),
             accepts=accepts,
             lost_engines=lost_engines,
         )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import pytest
 
@@ -20,6 +21,7 @@ from kvmesh.cluster.routing.errors import (
 from kvmesh.cluster.routing.fairness import TenantPolicy
 from kvmesh.cluster.routing.outcome import Decision, Enqueued, Granted, Outcome, Refused, Withdrawn
 from kvmesh.cluster.routing.records import Records
+from kvmesh.cluster.routing.request import Past
 from kvmesh.cluster.routing.router import Router
 from kvmesh.cluster.routing.status import router_status, tenant_status
 from kvmesh.cluster.routing.verdict import Reason
@@ -110,7 +112,7 @@ def test_the_queue_is_served_in_order_as_leases_end() -> None:
     running = granted(router.place(ask("a"), 0.0))
     for later in (ask("b"), ask("c", priority=1)):
         assert isinstance(router.place(later, 0.0)[0], Enqueued)
-    (resumed,) = router.place(ask("d", priority=1, resumed=True), 0.0)
+    (resumed,) = router.place(ask("d", priority=1, past=Past.RAN), 0.0)
     assert isinstance(resumed, Enqueued)
     assert resumed.position == 0
     order = []
@@ -129,7 +131,7 @@ def test_the_queue_is_served_in_order_as_leases_end() -> None:
 def test_a_request_that_was_to_replace_another_and_is_refused_leaves_that_one_known() -> None:
     router = router_with(groups={"g0": make_info()})
     first = granted(router.place(ask("a"), 0.0))
-    own, withdrawn = router.place(ask("a", prompt=10_000, supersedes=True), 1.0)
+    own, withdrawn = router.place(ask("a", prompt=10_000, past=Past.AGAIN), 1.0)
     refused(own, ExceedsEveryGroupError)
     assert withdrawn == Withdrawn("g0", first.lease.lease_id)
     assert router_status(router, 1.0).live_requests == 1
@@ -235,15 +237,15 @@ def test_a_live_id_is_in_use_until_its_lease_ends() -> None:
     assert isinstance(router.place(ask("a"), 3.0)[0], Enqueued)
 
 
-@pytest.mark.parametrize("how", ["supersedes", "resumed"])
-def test_a_newer_incarnation_ends_the_older_one(how: str) -> None:
+@pytest.mark.parametrize("past", [Past.AGAIN, Past.ACCEPTED, Past.RAN])
+def test_a_newer_incarnation_ends_the_older_one(past: Past) -> None:
     router = one_at_a_time()
     first = granted(router.place(ask("a"), 0.0))
     arrive(router, first, 0.0)
-    queued, withdrawn = router.place(ask("a", **{how: True}), 1.0)
+    queued, withdrawn = router.place(ask("a", past=past), 1.0)
     assert isinstance(queued, Enqueued)
     assert withdrawn == Withdrawn("g0", first.lease.lease_id)
-    queued, older = router.place(ask("a", **{how: True}), 2.0)
+    queued, older = router.place(ask("a", past=past), 2.0)
     assert isinstance(queued, Enqueued)
     refused(older, RequestAbortedError)
     assert router_status(router, 2.0).live_requests == 1
@@ -306,7 +308,7 @@ def test_a_lost_group_voids_its_leases_and_its_requests_wait_for_its_return() ->
     assert router.group_down("g0", 1.0) == []
     assert router.group_down("g0", 1.0) == []
     assert router.release(lease.lease_id, 1.0) == []
-    (waiting,) = router.place(ask("a", resumed=True), 1.0)
+    (waiting,) = router.place(ask("a", past=Past.RAN), 1.0)
     assert isinstance(waiting, Enqueued)
     assert [v.reason for v in waiting.verdicts] == [Reason.DOWN, Reason.PAGES]
     outcomes = router.group_up("g0", make_info(epoch="e1"), (), 2.0)
@@ -425,6 +427,59 @@ def test_requests_of_a_former_router_are_live_until_their_leases_end() -> None:
     assert router_status(router, 2.0).live_requests == 0
 
 
+def adopted(policy: TenantPolicy = TenantPolicy()) -> Router:  # noqa: B008
+    """A router whose group runs f1 and f2 of tenant `before`, granted by a former one."""
+    config = RouterConfig(tenants={"before": policy})
+    router = Router(config, epoch=9, now=0.0, expected_groups=["g0"])
+    router.group_up("g0", make_info(), (foreign(1, 4, 9), foreign(2, 4, 9)), 0.0)
+    return router
+
+
+def test_requests_of_a_former_router_are_known_by_their_ids() -> None:
+    router = adopted()
+    refused(router.place(ask("f1"), 1.0)[0], RequestIdInUseError)
+    assert router.cancel("f1", 1.0) == [], "it does not wait"
+    assert router.abort("f1", 1.0) == [Withdrawn("g0", "3-1")]
+    own, older = router.place(ask("f2", past=Past.RAN), 2.0)
+    assert (granted([own]).request_id, older) == ("f2", Withdrawn("g0", "3-2"))
+    router.account("g0", AccountUpdate(ended=(LeaseEnd("3-1"), LeaseEnd("3-2"))), 3.0)
+    assert router_status(router, 3.0).live_requests == 1
+    assert router.abort("f1", 4.0) == []
+    assert router.abort("f2", 4.0) == [Withdrawn("g0", granted([own]).lease.lease_id)]
+
+
+def test_of_two_adopted_leases_of_a_request_the_newer_is_its_own() -> None:
+    """The older one was withdrawn, which its engine does not know yet."""
+    newer = replace(foreign(5, 4, 9), request_id="f1")
+    for leases in ([foreign(1, 4, 9), newer], [newer, foreign(1, 4, 9)]):
+        router = Router(RouterConfig(), epoch=9, now=0.0, expected_groups=["g0"])
+        router.group_up("g0", make_info(), leases, 0.0)
+        assert router.abort("f1", 1.0) == [Withdrawn("g0", "3-5")]
+
+
+def test_the_id_of_a_former_routers_request_is_free_when_its_ingress_has_seen_its_end() -> None:
+    router = adopted()
+    router.finished("3-1")
+    assert granted([router.place(ask("f1"), 1.0)[0]]).request_id == "f1"
+    assert router_status(router, 1.0).live_requests == 2
+    router.account("g0", AccountUpdate(ended=(LeaseEnd("3-1"),)), 2.0)
+    assert router_status(router, 2.0).live_requests == 2, "the newer one has the id"
+
+
+def test_leases_of_a_former_router_count_in_their_tenants_quota() -> None:
+    each = 4 * 1000 + 9 * 300
+    router = adopted(TenantPolicy(quota_bytes=2 * each + 4 * 1000 + 17 * 300))
+    use = tenant_status(router, "before")
+    assert (use.running, use.queued, use.leased_bytes) == (2, 0, 2 * each)
+    assert granted(router.place(ask("a", tenant="before"), 1.0)[:1]).request_id == "a"
+    assert isinstance(router.place(ask("b", tenant="before"), 1.0)[0], Enqueued)
+    for name in ("3-1", "3-2"):
+        assert isinstance(next(router.admission.standings(2.0)), Enqueued)
+        ended = router.account("g0", AccountUpdate(ended=(LeaseEnd(name),)), 2.0)
+    assert granted(ended).request_id == "b", "one alone leaves too little"
+    router.leases.check_integrity()
+
+
 def test_what_only_a_missing_group_can_hold_waits_for_it() -> None:
     router = Router(RouterConfig(rebuild_timeout_s=10.0), 2, 0.0, expected_groups=["g0", "large"])
     router.group_up("g0", make_info(), (), 0.0)
@@ -470,7 +525,7 @@ def test_requests_that_lost_their_group_wait_even_where_the_queue_is_full() -> N
     router = one_at_a_time(queue_limit=1)
     router.place(ask("runs"), 0.0)
     router.place(ask("waits"), 0.0)
-    lost = ask("runs", resumed=True, lost_engines=frozenset({"e0"}))
+    lost = ask("runs", past=Past.RAN, lost_engines=frozenset({"e0"}))
     router.group_down("g0", 1.0)
     assert isinstance(router.place(lost, 1.0)[0], Enqueued)
     refused(router.place(ask("new"), 1.0)[0], QueueFullError)
@@ -478,6 +533,21 @@ def test_requests_that_lost_their_group_wait_even_where_the_queue_is_full() -> N
     (next_one,) = router.group_up("g0", make_info(max_sequences=1, epoch="e1"), (), 2.0)
     assert granted([next_one]).request_id == "runs"
     refused(router.place(ask("new"), 2.0)[0], QueueFullError)
+
+
+def test_requests_that_their_engine_did_not_take_keep_their_place() -> None:
+    """But they have not run, so they are held to their tenants' quotas as before."""
+    tenants = {"t": TenantPolicy(quota_bytes=4 * 1000 + 17 * 300)}
+    router = router_with(groups={"g0": make_info(max_sequences=2)}, queue_limit=2, tenants=tenants)
+    running = [granted(router.place(ask(name), 0.0)) for name in ("r1", "r2")]
+    for name in ("new", "newer"):
+        router.place(ask(name), 1.0)
+    refused(router.place(ask("newest"), 2.0)[0], QueueFullError)
+    for name in ("t1", "t2"):
+        again = router.place(ask(name, tenant="t", past=Past.ACCEPTED), 2.0)[0]
+        assert isinstance(again, Enqueued), "although the queue is full"
+    assert granted(end(router, running[0], 3.0)).request_id == "t1", "before newer ones"
+    assert granted(end(router, running[1], 4.0)).request_id == "new", "t2 is over the quota"
 
 
 def test_an_estimate_changes_nothing() -> None:

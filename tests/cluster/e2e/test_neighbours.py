@@ -111,7 +111,8 @@ def listeners(server: Server) -> list[Listener]:
     main = psutil.Process(server.process.pid)
     found = []
     for process in (main, *main.children(recursive=True)):
-        name = "kvmesh" if process == main else process.name()
+        # Ray adds the method that an actor runs at the moment.
+        name = "kvmesh" if process == main else process.name().partition(".")[0]
         for connection in process.net_connections("inet"):
             if connection.status == psutil.CONN_LISTEN:
                 address, port = connection.laddr
