@@ -66,6 +66,13 @@ def test_a_stop_string_ends_a_choice_from_min_tokens_on(
     assert made.finish == (stopped if tokens == 2 else None)
 
 
+@pytest.mark.parametrize("token_id", [0, 7])
+def test_the_stop_token_is_named_whatever_its_id(token_id: int) -> None:
+    found = wire.choice_finished(0, ChoiceFinish(EndReason.STOP, stop_token_id=token_id))
+    assert found.WhichOneof("matched_stop") == "matched_stop_token_id"
+    assert found.matched_stop_token_id == token_id
+
+
 @pytest.mark.parametrize(("min_tokens", "ends"), [(0, True), (2, True), (3, False)])
 def test_a_resumed_choice_ends_at_its_stop_token_from_min_tokens_on(
     min_tokens: int, ends: bool

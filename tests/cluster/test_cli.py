@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -517,6 +518,32 @@ def test_generate_takes_one_kind_of_structured_output(fake: FakeServer) -> None:
     missing = run("generate", "hi", "--grammar", "/no/such/file")
     assert (missing.exit_code, fake.requests) == (2, [])
     assert "/no/such/file cannot be read" in missing.stderr
+
+
+class ClosedPipe(io.StringIO):
+    """Standard output whose reader has ended, which only a flush notices."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self._descriptor = descriptor
+
+    def flush(self) -> None:
+        raise BrokenPipeError
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+
+def test_what_is_still_buffered_for_a_closed_pipe_ends_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (tmp_path / "out").open("wb") as file:
+        monkeypatch.setattr(sys, "stdout", ClosedPipe(file.fileno()))
+        with pytest.raises(typer.Exit) as caught, friendly_errors():
+            print("buffered")
+        assert caught.value.exit_code == ExitCode.BROKEN_PIPE
+        file.write(b"nowhere")
+    assert not (tmp_path / "out").read_bytes(), "the rest goes nowhere"
 
 
 def test_an_error_while_ctrl_c_is_handled_is_ctrl_c() -> None:

@@ -22,6 +22,7 @@ from kvmesh.cluster.telemetry.gpus import Gpus, GpuUse
 from kvmesh.cluster.telemetry.meters import EngineMeters, IngressMeters, Meters
 from kvmesh.cluster.telemetry.table import BY_NAME, METRICS, RAY_LABELS, Kind, Metric
 from kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.workers.request import EndReason, SequenceDelta, SequenceUsage
 from tests.cluster.machine import TENANT, Machine, SeenMeters, answer, machine
 from tests.cluster.test_generation import PROMPT, make_request, read, resumed
 from tests.repo.imports import ROOT
@@ -216,6 +217,19 @@ def test_latencies_are_those_of_the_usage() -> None:
     recorded.clear()
     IngressMeters(factory).finished(pb.Usage(group="g0", completion_tokens=0), TENANT, 0)
     assert table.OUTPUT_TOKEN.name not in recorded
+
+
+def test_who_ends_without_a_token_has_waited_as_well() -> None:
+    """Else the queue looks shortest when requests time out in it."""
+    recorded: dict[str, float] = {}
+
+    def factory(metric: Metric) -> SimpleNamespace:
+        return SimpleNamespace(record=lambda value, _: recorded.setdefault(metric.name, value))
+
+    usage = SequenceUsage(9, 0, 0, 0, 0, 0, 0, 30.0, None, 30.0, 0)
+    delta = SequenceDelta("r", (), finish_reason=EndReason.DEADLINE, usage=usage)
+    EngineMeters(factory, "g0").deltas([delta])
+    assert recorded == {table.SEQUENCE_QUEUE.name: 30.0}
 
 
 @pytest.mark.parametrize(("received", "n"), [(0, 1), (0, 3), (60, 1)])

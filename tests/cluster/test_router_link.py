@@ -249,6 +249,33 @@ async def test_a_repeated_place_has_the_time_that_is_left() -> None:
     await asyncio.wait([waits])
 
 
+async def test_the_router_has_time_to_say_that_the_time_is_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It knows why; without its answer a place can only be given up."""
+    ends: list[float | None] = []
+
+    def timeout_at(end_s: float | None) -> asyncio.Timeout:
+        ends.append(end_s)
+        return asyncio.timeout(PATIENCE_S)
+
+    monkeypatch.setattr("asyncio.timeout_at", timeout_at)
+    link, _ = linked()
+
+    async def place() -> None:
+        async with link.place(ask("a", timeout_s=5.0)):
+            pass
+
+    waits = asyncio.create_task(place())
+    await turns()
+    (call,) = link._open.values()
+    assert call.due_s is not None
+    assert ends == [call.due_s + router_link.PLACE_GRACE_S]
+    assert router_link.PLACE_GRACE_S > 0
+    waits.cancel()
+    await asyncio.wait([waits])
+
+
 @pytest.mark.parametrize("connected", [False, True])
 async def test_a_place_is_waited_for_until_its_time_is_over(
     monkeypatch: pytest.MonkeyPatch, connected: bool

@@ -378,6 +378,16 @@ def test_without_any_group_the_answer_is_to_come_back() -> None:
     assert isinstance(error, NoGroupError) and error.needed_bytes is None, "not known"
 
 
+def test_a_lease_is_released_once_whoever_sees_its_end_first() -> None:
+    router = one_at_a_time()
+    first = granted(router.place(ask("a"), 0.0))
+    router.finished(first.lease.lease_id)
+    assert router_status(router, 1.0).released_total == 0, "its pages are not free yet"
+    end(router, first, 1.0)
+    router.finished(first.lease.lease_id)
+    assert router_status(router, 1.0).released_total == 1
+
+
 def test_without_any_group_nobody_knows_what_would_fit() -> None:
     found = make_router().admission.estimate(ask("a"), 0.0)
     assert (found.fits_ever, found.fits_now, found.projected_start_s) == (True, False, None)

@@ -157,11 +157,12 @@ async def test_a_stream_is_what_the_client_puts_together(server: HttpServer) -> 
     assert response.status == "completed" and response.usage is not None
 
 
+@pytest.mark.parametrize("reason", [pb.FINISH_REASON_LENGTH, pb.FINISH_REASON_DEADLINE])
 @pytest.mark.parametrize("text", ["", "One"])
 async def test_a_response_that_is_cut_off(
-    server: HttpServer, contract: ScriptedContract, text: str
+    server: HttpServer, contract: ScriptedContract, text: str, reason: pb.FinishReason.ValueType
 ) -> None:
-    ends = finished(reason=pb.FINISH_REASON_LENGTH)
+    ends = finished(reason=reason)
     contract.script = lambda request: [started(request), delta(text), ends, usage()]
     async with server.client() as client:
         whole = await client.responses.create(model="tiny", input="hi")
