@@ -191,7 +191,7 @@ class GroupConnections:
                 self._forget(name)
         for name in groups - self.expected:
             self._reopen(name)
-        self.expected = groups
+        self.expected = self._router.fleet.expected = groups
         self._close_leaving()
 
     def nodes_leave(self, nodes: frozenset[str]) -> None:

@@ -21,7 +21,8 @@ class Fleet:
     """What changes here decides nothing, and needs no decision.
 
     groups: by name, in its order; those that are down stay known
-    missing: of the expected groups, those that were not up so far
+    expected: groups that are to be up
+    missing: of those expected at the start, the ones that were not up so far
     kinds: of the groups' engines
     tenants: and what they use
     index: of the prefixes that groups hold
@@ -34,7 +35,8 @@ class Fleet:
         self.index = PrefixIndex(tuning.index_limit)
         self.lengths = OutputLengths(min_samples=tuning.min_samples)
         self.groups: dict[str, Group] = {}
-        self.missing = set(expected_groups)
+        self.expected = frozenset(expected_groups)
+        self.missing = set(self.expected)
         self.kinds: tuple[EngineKind, ...] = ()
         self._tuning = tuning
         self._model = DemandModel(self.lengths, self.index, tuning)

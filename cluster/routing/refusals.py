@@ -42,17 +42,15 @@ class Refusals:
     ) -> RoutingError | None:
         """Why waiting would not help, or None if it may."""
         request, verdicts = demand.request, choice.verdicts
-        if not self._fleet.groups:
+        if not self._fleet.groups and request.past < Past.ACCEPTED:
             return NoGroupError("no group is known", self._config.max_retry_s)
         if self.fits_nowhere(demand):
             return self._fits_nowhere(demand, verdicts)
         quota = self._fleet.tenants.policy(request.tenant).quota_bytes
         if quota is not None and self.exceeds_quota(demand):
             return QuotaExceededError(self.min_bytes(demand), quota)
-        if request.timeout_s is not None and choice.group is None:
-            start = earliest_start(self._fleet.groups.values(), demand, now)
-            if start is not None and start - now > request.timeout_s:
-                return DeadlineUnreachableError(request.timeout_s, start - now)
+        if choice.group is None:
+            return self._too_late(demand, now)
         return None
 
     def never(self, demand: RequestDemand) -> bool:
@@ -111,6 +109,27 @@ class Refusals:
         groups = self._fleet.groups.values()
         possible = (x for x in groups if never_taken(x, demand) is None)
         return min((lease_bytes(x, demand) for x in possible), default=0)
+
+    def _too_late(self, demand: RequestDemand, now: float) -> RoutingError | None:
+        """Why the request would miss its deadline even if it were first in line.
+
+        The forecast knows groups that are up. One that comes may be sooner: a new request may
+        wait for it, and one that was accepted before until its deadline, whatever comes.
+        """
+        request = demand.request
+        if request.timeout_s is None or request.past >= Past.ACCEPTED or self._may_come(demand):
+            return None
+        start = earliest_start(self._fleet.groups.values(), demand, now)
+        if start is None or start - now <= request.timeout_s:
+            return None
+        return DeadlineUnreachableError(request.timeout_s, start - now)
+
+    def _may_come(self, demand: RequestDemand) -> bool:
+        """Whether a group that is not up is expected, and may hold the request."""
+        groups = self._fleet.groups
+        down = (group for group in groups.values() if group.account is None)
+        unknown = self._fleet.expected - groups.keys()
+        return bool(unknown) or any(never_taken(group, demand) is None for group in down)
 
     def _fits_nowhere(self, demand: RequestDemand, verdicts: Verdicts) -> RoutingError:
         accepts, groups = demand.request.accepts, self._fleet.groups.items()

@@ -511,7 +511,9 @@ def test_who_waits_for_a_missing_group_that_is_not_wanted_any_more_is_refused() 
     routed.service.router.fleet.missing.add("g1")
     routed.now += RouterConfig().rebuild_timeout_s
     assert not [x for x in ingress.says(Place(1, ask("a", 10_000))) if isinstance(x, CallFailed)]
+    assert routed.service.router.fleet.expected == {"g0", "g1"}
     groups.expect(frozenset({"g0"}))
+    assert routed.service.router.fleet.expected == {"g0"}
     routed.tick(1.0)
     assert isinstance(ingress.heard[-1], CallFailed)
 

@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import pytest
 
+from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.errors import DeadlineUnreachableError
-from kvmesh.cluster.routing.outcome import Enqueued, Grown, Refused
+from kvmesh.cluster.routing.outcome import Enqueued, Grown, Outcome, Refused
 from kvmesh.cluster.routing.placement import GroupChoice, PlacementWeights, choose, prefill_s
+from kvmesh.cluster.routing.request import Past
+from kvmesh.cluster.routing.router import Router
 from kvmesh.cluster.routing.status import router_status
 from kvmesh.cluster.routing.verdict import Reason
 from kvmesh.workers.lease import AccountUpdate, LeaseEnd
@@ -172,6 +175,63 @@ def test_what_cannot_start_in_time_is_refused_at_once() -> None:
     assert isinstance(refused.error, DeadlineUnreachableError)
     assert refused.error.projected_start_s == pytest.approx(32.0, abs=0.5)
     assert isinstance(router.place(ask("patient", 960, 320, timeout_s=60.0), 1.0)[0], Enqueued)
+
+
+def busy_and_down(past: Past) -> tuple[Router, Outcome]:
+    """Of two groups the one that is up has no room in time; what is said of a request."""
+    infos = {"g0": make_info(), "g1": make_info(epoch="e1")}
+    router = router_with(pace=SLOW, groups=infos, ahead_s=1e9)
+    router.group_down("g1", 0.0)
+    place(router, "running", 960, 320, 0.0)
+    (own,) = router.place(ask("r", 960, 320, past=past, timeout_s=10.0), 1.0)
+    return router, own
+
+
+@pytest.mark.parametrize("past", [Past.NEW, Past.RAN])
+def test_what_a_group_that_comes_back_may_start_in_time_waits_for_it(past: Past) -> None:
+    router, own = busy_and_down(past)
+    assert isinstance(own, Enqueued)
+    up = router.group_up("g1", make_info(epoch="e2"), (), 5.0)
+    assert (granted(up).request_id, granted(up).group) == ("r", "g1")
+    router, _ = busy_and_down(past)
+    late, *_ = router.tick(11.0)
+    assert isinstance(late, Refused), "its deadline is what it was"
+
+
+def test_a_group_that_comes_back_but_is_too_small_is_no_reason_to_wait() -> None:
+    router = router_with(pace=SLOW, groups={"g0": make_info(), "g1": make_info(sealed=50)})
+    router.group_down("g1", 0.0)
+    place(router, "running", 960, 320, 0.0)
+    (own,) = router.place(ask("r", 960, 320, timeout_s=10.0), 1.0)
+    assert isinstance(own, Refused) and isinstance(own.error, DeadlineUnreachableError)
+
+
+def test_what_was_accepted_before_is_not_refused_by_a_forecast() -> None:
+    """A stream that lost its group ends at its deadline, if nothing comes before."""
+    router = router_with(pace=SLOW, groups={"g0": make_info()}, ahead_s=1e9)
+    running = place(router, "running", 960, 320, 0.0)
+    for past in (Past.ACCEPTED, Past.RAN):
+        lost = ask(past.name, 960, 320, past=past, timeout_s=10.0)
+        assert isinstance(router.place(lost, 1.0)[0], Enqueued)
+    assert granted(end(router, running, 5.0)).request_id == "RAN"
+
+
+def test_a_stream_that_lost_its_group_waits_where_no_group_is_known_yet() -> None:
+    config = RouterConfig(rebuild_timeout_s=1.0)
+    router = Router(config, epoch=2, now=0.0, expected_groups=["g0"])
+    lost = ask("lost", past=Past.RAN, timeout_s=100.0)
+    assert isinstance(router.place(lost, 5.0)[0], Enqueued)
+    assert granted(router.group_up("g0", make_info(), (), 9.0)).request_id == "lost"
+
+
+def test_a_group_that_was_never_up_may_have_room_in_time() -> None:
+    """One that the autoscaler has just added, say."""
+    router = router_with(pace=SLOW, groups={"g0": make_info()}, ahead_s=1e9)
+    place(router, "running", 960, 320, 0.0)
+    hasty = ask("hasty", 960, 320, timeout_s=10.0)
+    router.fleet.expected = frozenset({"g0", "g1"})
+    assert isinstance(router.place(hasty, 1.0)[0], Enqueued)
+    assert granted(router.group_up("g1", make_info(epoch="e1"), (), 5.0)).group == "g1"
 
 
 def test_late_requests_are_promised_groups_of_their_own() -> None:
