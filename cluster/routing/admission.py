@@ -78,14 +78,14 @@ class Admission:
             if error is not None:
                 return [Refused(name, error, choice.verdicts)]
             if not ahead and choice.group is not None:
-                self._fleet.tenants.enter(live.request.tenant)
+                self._enter(live)
                 self.queue.note_passed()
                 return [Granted(self._leases.grant(live, choice, now))]
         # One that was accepted before may wait all the same: they are no more than before.
         full = self.queue.full and live.request.past < Past.ACCEPTED
         if full and choice.group is None:
             return [self._full(live, choice, ahead, now)]
-        self._fleet.tenants.enter(live.request.tenant)
+        self._enter(live)
         self.queue.put(live)
         decisions = self.admit(now)
         others = [x for x in decisions if x.request_id != name]
@@ -199,6 +199,13 @@ class Admission:
         return found
 
     # Within
+
+    def _enter(self, live: LiveRequest) -> None:
+        """The request will wait, or run."""
+        tenant, tenants = live.request.tenant, self._fleet.tenants
+        if tenant not in self.queue.tenants:
+            tenants.lift(tenant, self.queue.tenants)
+        tenants.enter(tenant)
 
     def _full(self, live: LiveRequest, choice: GroupChoice, ahead: int, now: float) -> Refused:
         error = self._refusals.queue_full(live.demand, choice, ahead, now)

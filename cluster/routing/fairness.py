@@ -2,15 +2,15 @@
 
 A virtual counter in the manner of the virtual token counter (Sheng et al., arXiv
 2401.00588), over KV byte-seconds instead of tokens: the tenant that used least
-goes first, and one that returns after a pause starts level with the others: it can
-neither save up while idle, nor pay later for what it left unused.
+goes first, and one of which nothing waited starts level with those that wait: it can
+neither save up while it asks for little, nor pay later for what it left unused.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 
@@ -47,6 +47,7 @@ class Tenants:
     """The virtual counters. A lease is charged in advance, and settled when it grows or ends.
 
     limit: tenants to remember, idle ones included
+    _level: the most that any of them has used so far
     """
 
     policies: Mapping[str, TenantPolicy] = field(default_factory=dict)
@@ -81,40 +82,48 @@ class Tenants:
         quota = self.policy(tenant).quota_bytes
         return math.inf if quota is None else quota - self.leased_bytes(tenant)
 
+    def lift(self, tenant: str, waiting: Iterable[str]) -> None:
+        """A request comes of a tenant of which none waits, while requests of others may.
+
+        waiting: those others. It starts level with the one of them that used least, without
+            those that their quotas stop, or with all tenants if there is none.
+        """
+        use = self._uses.setdefault(tenant, _Use())
+        counters = (self._uses[other].counter for other in waiting if self.quota_left(other) > 0)
+        use.counter = max(use.counter, min(counters, default=self._level))
+
     def enter(self, tenant: str) -> None:
         """A request of the tenant waits or runs."""
-        use = self._uses.setdefault(tenant, _Use())
-        if use.active == 0:
-            use.counter = max(use.counter, self._min_active())
-        use.active += 1
+        self._uses.setdefault(tenant, _Use()).active += 1
 
     def leave(self, tenant: str) -> None:
         """The request is over. An idle tenant is remembered while it has used more than others."""
         use = self._uses[tenant]
         use.active -= 1
-        if use.active == 0:
-            self._level = max(self._level, use.counter)
-            if len(self._uses) > self.limit:
-                self._forget()
+        if use.active == 0 and len(self._uses) > self.limit:
+            self._forget()
 
     def charge(self, tenant: str, lease_bytes: int, seconds: float) -> None:
         """Projected byte-seconds of a lease that was granted, or has grown."""
         use = self._uses[tenant]
         use.leased_bytes += lease_bytes
-        use.counter += lease_bytes * seconds / self.policy(tenant).weight
+        self._count(tenant, lease_bytes * seconds)
 
     def settle(self, tenant: str, lease_bytes: int, over_s: float) -> None:
         """The lease ended, or grows; `over_s` is its real less its projected time so far."""
         use = self._uses[tenant]
         use.leased_bytes -= lease_bytes
-        use.counter += lease_bytes * over_s / self.policy(tenant).weight
+        self._count(tenant, lease_bytes * over_s)
 
-    def _min_active(self) -> float:
-        return min((use.counter for use in self._uses.values() if use.active), default=self._level)
+    def _count(self, tenant: str, byte_seconds: float) -> None:
+        use = self._uses[tenant]
+        use.counter += byte_seconds / self.policy(tenant).weight
+        self._level = max(self._level, use.counter)
 
     def _forget(self) -> None:
         """Drop idle tenants that would start level with the others anyway."""
-        level = self._min_active()
+        active = (use.counter for use in self._uses.values() if use.active)
+        level = min(active, default=self._level)
         self._uses = {
             tenant: use for tenant, use in self._uses.items() if use.active or use.counter > level
         }

@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 from sortedcontainers import SortedDict, SortedKeyList
@@ -151,6 +151,11 @@ class WaitingQueue:
     def count_of(self, tenant: str) -> int:
         """How many of a tenant's requests wait."""
         return self._by_tenant[tenant]
+
+    @property
+    def tenants(self) -> Collection[str]:
+        """Those of which requests wait."""
+        return self._by_tenant.keys()
 
     @property
     def full(self) -> bool:

@@ -10,21 +10,22 @@ from kvmesh.cluster.routing.fairness import TenantPolicy, Tenants
 from kvmesh.cluster.routing.outcome import Enqueued, Granted, Placement, Refused
 from kvmesh.cluster.routing.request import Past
 from kvmesh.cluster.routing.router import Router
-from tests.routing.groups import ask, end, granted, make_info, only, router_with
+from tests.routing.groups import ask, end, granted, make_info, only, place, router_with
 
 
 def test_a_tenant_that_returns_after_a_pause_starts_level() -> None:
     tenants = Tenants()
     tenants.enter("busy")
     tenants.charge("busy", 100, 10.0)
-    tenants.enter("new")
+    tenants.lift("new", ["busy"])
     assert tenants.counter("new") == tenants.counter("busy") == 1000.0
+    tenants.enter("new")
     tenants.charge("new", 100, 1.0)
     tenants.settle("new", 100, -0.5)
     assert tenants.counter("new") == 1050.0
     tenants.leave("new")
     tenants.charge("busy", 100, 1.0)
-    tenants.enter("new")  # it was idle while the other worked
+    tenants.lift("new", ["busy"])  # it was idle while the other worked
     assert tenants.counter("new") == 1100.0
 
 
@@ -34,28 +35,77 @@ def test_heavy_use_is_not_forgotten_by_a_pause() -> None:
         tenants.enter(name)
     tenants.charge("a", 100, 100.0)
     tenants.leave("a")
-    tenants.enter("a")
+    tenants.lift("a", ["b"])
     assert tenants.counter("a") == 10_000.0
     assert tenants.counter("b") == 0.0
 
 
-def test_a_tenant_that_comes_when_all_are_idle_starts_where_they_have_stopped() -> None:
+@pytest.mark.parametrize("leaves", [True, False])
+def test_a_tenant_that_comes_when_none_wait_starts_where_the_others_are(leaves: bool) -> None:
+    """Whether they run or have stopped."""
     tenants = Tenants(limit=2)
-    for name in ("most", "less"):
-        tenants.enter(name)
     for name, seconds in (("most", 9.0), ("less", 5.0)):
+        tenants.enter(name)
         tenants.charge(name, 100, seconds)
         tenants.settle(name, 100, 0.0)
-        tenants.leave(name)
-    assert tenants.counter("new") == 900.0
-    tenants.enter("new")
+        if leaves:
+            tenants.leave(name)
+    tenants.lift("new", [])
     assert tenants.counter("new") == 900.0, "or it would go first for as long as they have run"
-    tenants.charge("new", 100, 1.0)
-    tenants.leave("new")  # more than are remembered: those that start level are forgotten
-    assert (tenants.live("most"), tenants.leased_bytes("most")) == (0, 0)
-    assert tenants.counter("another") == tenants.counter("less") == 1000.0
-    tenants.enter("most")
-    assert tenants.counter("most") == 1000.0
+    tenants.lift("less", [])
+    assert tenants.counter("less") == 900.0, "it may run all the time, and ask for little"
+
+
+def test_tenants_that_would_start_level_are_forgotten() -> None:
+    tenants = Tenants(limit=2)
+    for number, name in enumerate(("first", "second", "third"), 1):
+        tenants.enter(name)
+        tenants.charge(name, 100, float(number))
+        tenants.settle(name, 100, 0.0)
+        tenants.leave(name)
+    assert (tenants.live("first"), tenants.leased_bytes("first")) == (0, 0)
+    assert tenants.counter("first") == tenants.counter("another") == 300.0
+    tenants.enter("runs")  # from the start: no request of its waited
+    tenants.enter("fourth")
+    tenants.charge("fourth", 100, 5.0)
+    tenants.leave("fourth")
+    tenants.enter("fifth")
+    tenants.leave("fifth")  # more than are remembered
+    assert tenants.counter("fourth") == 500.0, "it has used more than one that runs"
+
+
+def test_a_tenant_that_its_quota_stops_does_not_hold_back_what_others_start_with() -> None:
+    tenants = Tenants({"stopped": TenantPolicy(quota_bytes=100)})
+    for name, lease_bytes in (("stopped", 100), ("busy", 200)):
+        tenants.enter(name)
+        tenants.charge(name, lease_bytes, 10.0)
+    tenants.lift("new", ["stopped", "busy"])
+    assert tenants.counter("new") == 2000.0
+    tenants.lift("newer", ["stopped"])
+    assert tenants.counter("newer") == 2000.0, "level with all"
+
+
+def test_a_tenant_cannot_save_up_while_a_request_of_it_always_runs() -> None:
+    """Nobody waits, so what the other uses takes nothing from it."""
+    router = one_at_a_time(3)
+    light = place(router, "light", 160, 100, 0.0, tenant="light")
+    heavy = place(router, "heavy", 800, 100, 0.0, tenant="heavy")
+    for second in range(1, 21):
+        before, now = light, float(second)
+        light = place(router, f"light-{second}", 160, 100, now, tenant="light")
+        assert end(router, before, now) == end(router, heavy, now) == []
+        heavy = place(router, f"heavy-{second}", 800, 100, now, tenant="heavy")
+    place(router, "other", 160, 100, 20.0, tenant="other")
+    for number in range(4):
+        for tenant in ("heavy", "light"):
+            more = ask(f"{tenant}-more-{number}", 160, 100, tenant=tenant)
+            assert isinstance(router.place(more, 20.0)[0], Enqueued)
+    served: list[str] = []
+    runs = heavy
+    for second in range(21, 27):
+        runs = granted(end(router, runs, float(second)))
+        served.append(runs.request_id.split("-")[0])
+    assert served in (["heavy", "light"] * 3, ["light", "heavy"] * 3)
 
 
 def serve(router: Router, rounds: int) -> Counter[str]:
@@ -80,8 +130,9 @@ def serve(router: Router, rounds: int) -> Counter[str]:
     return served
 
 
-def one_at_a_time(**settings: object) -> Router:
-    return router_with(groups={"g0": make_info(max_sequences=1)}, **settings)
+def one_at_a_time(sequences: int = 1, **settings: object) -> Router:
+    """Or as many."""
+    return router_with(groups={"g0": make_info(max_sequences=sequences)}, **settings)
 
 
 def test_tenants_share_by_weight() -> None:
