@@ -61,6 +61,12 @@ _TABLE: tuple[ErrorRow, ...] = tuple(
         (routing.QuotaExceededError, _S.FAILED_PRECONDITION, pb.ERROR_REASON_QUOTA, 400),
         (ResumeMismatchError, _S.FAILED_PRECONDITION, pb.ERROR_REASON_RESUME_MISMATCH, 400),
         (routing.QueueFullError, _S.RESOURCE_EXHAUSTED, pb.ERROR_REASON_QUEUE_FULL, 429),
+        (
+            routing.QuotaUsedUpError,
+            _S.RESOURCE_EXHAUSTED,
+            pb.ERROR_REASON_OVER_CAPACITY,
+            429,
+        ),
         (routing.NoGroupError, _S.UNAVAILABLE, pb.ERROR_REASON_NOT_READY, 503),
         (routing.NoRoomError, _S.RESOURCE_EXHAUSTED, pb.ERROR_REASON_OVER_CAPACITY, 429),
         (PoolCapacityError, _S.RESOURCE_EXHAUSTED, pb.ERROR_REASON_OVER_CAPACITY, 429),

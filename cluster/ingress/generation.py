@@ -46,7 +46,6 @@ from kvmesh.cluster.ingress.waker import Waker
 from kvmesh.cluster.messages import NewSequence, Submit, Waiting
 from kvmesh.cluster.routing.errors import (
     DeadlineUnreachableError,
-    NoRoomError,
     RequestAbortedError,
     RequestIdInUseError,
 )
@@ -168,9 +167,6 @@ class Generation:
         except TimeoutError:
             self._end_overdue()
         except DeadlineUnreachableError:
-            if not self._deadline_is_first:
-                limit_s = self._context.queue_timeout_s
-                raise NoRoomError(f"no room within {limit_s:g} s", limit_s / 4) from None
             if self._attempt is None:
                 raise
             self._end_overdue()
@@ -268,6 +264,7 @@ class Generation:
             tenant=self._request.tenant,
             priority=self._spec.priority,
             timeout_s=limit_s if remaining_s is None else min(remaining_s, limit_s),
+            own_deadline=self._deadline_is_first,
             page_hashes=self._request.page_hashes,
             accepts=self._request.accepts,
             lost_engines=self._failovers.engines,

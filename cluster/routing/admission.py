@@ -102,6 +102,17 @@ class Admission:
         self.queue.remove(live, now)
         self._fleet.tenants.leave(live.request.tenant)
 
+    def expire(self, now: float) -> list[Refused]:
+        """Refuse those whose deadline has passed."""
+        refused: list[Refused] = []
+        for live in self.queue.overdue(now):
+            self.give_up(live, now)
+            demand = self._refresh(live, now)
+            choice = self._chooser.choose(demand, now)
+            error = self._refusals.late(demand, choice, len(self.queue), now)
+            refused.append(Refused(live.request_id, error, choice.verdicts))
+        return refused
+
     def admit(self, now: float) -> list[Decision]:
         """Grant whatever may go now, in the queue's order; refuse what never may.
 

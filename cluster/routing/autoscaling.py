@@ -13,7 +13,12 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from kvmesh.cluster.routing.errors import NoRoomError, RoutingError
+from kvmesh.cluster.routing.errors import (
+    DeadlineUnreachableError,
+    NoRoomError,
+    QuotaUsedUpError,
+    RoutingError,
+)
 from kvmesh.cluster.routing.group import Group
 from kvmesh.cluster.routing.live import LiveRequest
 from kvmesh.cluster.routing.router import Router
@@ -144,8 +149,19 @@ class Autoscaler:
         self._spare_since: float | None = None
 
     def note_refused(self, error: RoutingError) -> None:
-        """A request was refused; more groups would have room for it, unless its size is why."""
-        self._refused |= isinstance(error, NoRoomError)
+        """A request was refused. It counts if more groups would have room for it.
+
+        One that would miss its client's deadline counts if that is later than `wait_s`; where it
+        has waited until then, the load has shown it.
+        """
+        match error:
+            case QuotaUsedUpError():
+                lacks_room = False
+            case DeadlineUnreachableError(projected_start_s=float(), timeout_s=timeout_s):
+                lacks_room = timeout_s >= self.policy.wait_s
+            case _:
+                lacks_room = isinstance(error, NoRoomError)
+        self._refused |= lacks_room
 
     def decide(self, load: FleetLoad, now: float) -> frozenset[str]:
         """Which groups run from now on; call it about once a second."""

@@ -7,8 +7,9 @@ RoutingError
 ├── ExceedsEveryGroupError     no group could hold it, even empty
 ├── QuotaExceededError         the request alone exceeds its tenant's quota
 ├── NoAllowedFormatError       no group has a KV format that the request accepts
-├── DeadlineUnreachableError   it could not start within its timeout
+├── DeadlineUnreachableError   it could not start within its client's timeout
 └── NoRoomError                it does not fit now; says when to come back
+    ├── QuotaUsedUpError       its tenant's other requests use up the quota
     ├── QueueFullError         the queue has no place left
     └── NoGroupError           no group is known
 """
@@ -145,6 +146,10 @@ class NoRoomError(RoutingError):
                 f": needs {self.needed_bytes} B of KV cache, {self.available_bytes} B are free"
             )
         return f"{self.message}{figures}; retry in {self.retry_after_s:.3g} s"
+
+
+class QuotaUsedUpError(NoRoomError):
+    """Other requests of its tenant use up the quota; more groups would not help."""
 
 
 class QueueFullError(NoRoomError):

@@ -15,6 +15,7 @@ from kvmesh.cluster.routing.errors import (
     NoRoomError,
     QueueFullError,
     QuotaExceededError,
+    QuotaUsedUpError,
     RoutingError,
 )
 from kvmesh.cluster.routing.fleet import Fleet
@@ -49,9 +50,10 @@ class Refusals:
         quota = self._fleet.tenants.policy(request.tenant).quota_bytes
         if quota is not None and self.exceeds_quota(demand):
             return QuotaExceededError(self.min_bytes(demand), quota)
-        if choice.group is None:
-            return self._too_late(demand, now)
-        return None
+        if choice.group is not None:
+            return None
+        start_s = self._too_late_s(demand, now)
+        return None if start_s is None else self.late(demand, choice, ahead, now, start_s)
 
     def never(self, demand: RequestDemand) -> bool:
         """Whether the request could not start even if nothing else ran."""
@@ -71,6 +73,26 @@ class Refusals:
         request = demand.request
         quota = self._fleet.tenants.policy(request.tenant).quota_bytes
         return quota is not None and request.past < Past.RAN and self.min_bytes(demand) > quota
+
+    def late(
+        self,
+        demand: RequestDemand,
+        choice: GroupChoice,
+        ahead: int,
+        now: float,
+        start_s: float | None = None,
+    ) -> RoutingError:
+        """Of a request that has not started in time; start_s: it would not, but then"""
+        request = demand.request
+        assert request.timeout_s is not None
+        if request.own_deadline:
+            return DeadlineUnreachableError(request.timeout_s, start_s)
+        within = f"within {round(request.timeout_s, 1):g} s"
+        if self.min_bytes(demand) > self._fleet.quota_left(request):
+            message = f"the tenant's other requests use up its quota: no room {within}"
+            return QuotaUsedUpError(message, self._config.max_retry_s)
+        message = f"no room {within}"
+        return self._over_capacity(NoRoomError, message, demand, choice.verdicts, ahead, now)
 
     def queue_full(
         self, demand: RequestDemand, choice: GroupChoice, ahead: int, now: float
@@ -110,8 +132,8 @@ class Refusals:
         possible = (x for x in groups if never_taken(x, demand) is None)
         return min((lease_bytes(x, demand) for x in possible), default=0)
 
-    def _too_late(self, demand: RequestDemand, now: float) -> RoutingError | None:
-        """Why the request would miss its deadline even if it were first in line.
+    def _too_late_s(self, demand: RequestDemand, now: float) -> float | None:
+        """From now, the start of a request that would miss its deadline even as first in line.
 
         The forecast knows groups that are up. One that comes may be sooner: a new request may
         wait for it, and one that was accepted before until its deadline, whatever comes.
@@ -120,9 +142,7 @@ class Refusals:
         if request.timeout_s is None or request.past >= Past.ACCEPTED or self._may_come(demand):
             return None
         start = earliest_start(self._fleet.groups.values(), demand, now)
-        if start is None or start - now <= request.timeout_s:
-            return None
-        return DeadlineUnreachableError(request.timeout_s, start - now)
+        return None if start is None or start - now <= request.timeout_s else start - now
 
     def _may_come(self, demand: RequestDemand) -> bool:
         """Whether a group that is not up is expected, and may hold the request."""

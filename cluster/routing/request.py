@@ -34,6 +34,7 @@ class PlaceRequest:
     max_tokens: of output still to come, for each sequence
     priority: higher goes first
     timeout_s: the request is of no use if it has not started by then
+    own_deadline: whether that is its client's deadline, and not the longest wait of the server
     page_hashes: chained content hashes of the prompt's full pages, in order
     accepts: KV formats of groups
     lost_engines: epochs of engines that the request has lost; a group counts as down for
@@ -48,6 +49,7 @@ class PlaceRequest:
     tenant: str = "default"
     priority: int = 0
     timeout_s: float | None = None
+    own_deadline: bool = True
     page_hashes: tuple[bytes, ...] = ()
     accepts: AcceptedFormats = ANY_FORMAT
     lost_engines: frozenset[str] = frozenset()

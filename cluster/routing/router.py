@@ -14,7 +14,6 @@ from collections.abc import Collection, Iterable
 from kvmesh.cluster.routing.admission import Admission
 from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.errors import (
-    DeadlineUnreachableError,
     RequestAbortedError,
     RequestIdInUseError,
 )
@@ -183,14 +182,9 @@ class Router:
 
     def tick(self, now: float) -> list[Outcome]:
         """What time alone brings: deadlines, leases that never arrived, the end of a rebuild."""
-        outcomes: list[Outcome] = []
-        for live in self.admission.queue.overdue(now):
-            self.admission.give_up(live, now)
-            assert live.request.timeout_s is not None
-            error = DeadlineUnreachableError(live.request.timeout_s, None)
-            refused = Refused(live.request_id, error)
-            self._note([refused], now)
-            outcomes.append(refused)
+        expired = self.admission.expire(now)
+        self._note(expired, now)
+        outcomes: list[Outcome] = [*expired]
         for lease in self.leases.never_arrived(now - self.config.lease_ttl_s):
             self.leases.release(lease, now)
             self.records.lease_over(lease, expired=True)

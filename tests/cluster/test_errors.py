@@ -67,6 +67,7 @@ TABLE: list[tuple[Exception, grpc.StatusCode, str, int]] = [
     (routing.DeadlineUnreachableError(1.0, 3.0), S.DEADLINE_EXCEEDED, "deadline_unreachable", 504),
     (routing.DeadlineUnreachableError(1.0, None), S.DEADLINE_EXCEEDED, "deadline_unreachable", 504),
     (routing.NoRoomError("full", 2.5, 90, 50), S.RESOURCE_EXHAUSTED, "over_capacity", 429),
+    (routing.QuotaUsedUpError("used up", 2.5), S.RESOURCE_EXHAUSTED, "over_capacity", 429),
     (routing.QueueFullError("full", 2.5, 90, 50), S.RESOURCE_EXHAUSTED, "queue_full", 429),
     (routing.QuotaExceededError(90, 50), S.FAILED_PRECONDITION, "quota", 400),
     (routing.NoGroupError("no group is up", 2.5), S.UNAVAILABLE, "not_ready", 503),
@@ -170,10 +171,15 @@ def test_a_dead_worker_is_a_lost_engine_to_clients() -> None:
 
 
 def test_refusals_are_counted_by_reason() -> None:
-    counts = {"QueueFullError": 2, "NoRoomError": 1, "RequestAbortedError": 3}
+    counts = {
+        "QueueFullError": 2,
+        "NoRoomError": 1,
+        "QuotaUsedUpError": 4,
+        "RequestAbortedError": 3,
+    }
     assert count_by_reason(counts) == {
         "ERROR_REASON_QUEUE_FULL": 2,
-        "ERROR_REASON_OVER_CAPACITY": 1,
+        "ERROR_REASON_OVER_CAPACITY": 5,
         "ERROR_REASON_INTERNAL": 3,
     }
 

@@ -24,7 +24,6 @@ from kvmesh.cluster.ingress.error_table import to_wire
 from kvmesh.cluster.ingress.failovers import MAX_FAILOVERS
 from kvmesh.cluster.messages import CallFailed, Place
 from kvmesh.cluster.routing.errors import (
-    DeadlineUnreachableError,
     NoAllowedFormatError,
     NoRoomError,
     RequestIdInUseError,
@@ -648,24 +647,28 @@ async def test_nobody_waits_longer_because_there_is_no_router(
     await one.new_router()
 
 
-@pytest.mark.parametrize("left_s", [1000.0, 500.0])
-async def test_a_wait_that_the_server_limits_ends_without_room(one: Machine, left_s: float) -> None:
-    """left_s: of that limit, when a router refused it"""
+@pytest.mark.parametrize(("timeout_s", "own"), [(900.0, True), (1100.0, False), (None, False)])
+async def test_the_router_knows_what_limits_a_wait(
+    one: Machine, timeout_s: float | None, own: bool
+) -> None:
+    """The client's own deadline, or the server's longest wait."""
     one.ingress._context = replace(one.ingress._context, queue_timeout_s=1000.0)
     link = one.ingress._router
     one.router.die()
     await one.until(lambda: not link.connected)
 
     async def read_all() -> None:
-        async for _ in one.stream(make_request(600, timeout_s=1100.0)):
+        async for _ in one.stream(make_request(600, timeout_s=timeout_s)):
             pass
 
     reading = asyncio.create_task(read_all())
     await one.until(lambda: any(isinstance(call.message, Place) for call in link._open.values()))
     (call,) = (call for call in link._open.values() if isinstance(call.message, Place))
-    failure = Failure.of(DeadlineUnreachableError(left_s, None))
-    link.received(CallFailed(call.message.call, failure))
-    with pytest.raises(NoRoomError, match="no room within 1000 s"):
+    place = call.message.request
+    assert place.timeout_s is not None and place.timeout_s <= (timeout_s if own else 1000.0)
+    assert place.own_deadline == own
+    link.received(CallFailed(call.message.call, Failure.of(NoRoomError("no room", 1.0))))
+    with pytest.raises(NoRoomError, match="no room"):
         await reading
     await one.new_router()
 

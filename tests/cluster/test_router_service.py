@@ -10,6 +10,7 @@ import pytest
 
 from kvmesh.cluster.divergence import DIVERGENCE_NATS
 from kvmesh.cluster.errors import DrainingError
+from kvmesh.cluster.ingress.error_table import count_by_reason, to_wire
 from kvmesh.cluster.link import Address
 from kvmesh.cluster.messages import (
     Abort,
@@ -41,7 +42,11 @@ from kvmesh.cluster.router_service import (
     RouterService,
 )
 from kvmesh.cluster.routing.config import RouterConfig, RouterTuning
-from kvmesh.cluster.routing.errors import RequestAbortedError, RequestIdInUseError
+from kvmesh.cluster.routing.errors import (
+    RequestAbortedError,
+    RequestIdInUseError,
+    RoutingError,
+)
 from kvmesh.cluster.routing.request import Past
 from kvmesh.cluster.routing.status import router_status
 from kvmesh.cluster.telemetry import table
@@ -502,6 +507,22 @@ def test_who_waits_does_not_go_to_an_engine_that_connects_again_and_leaves(leave
     assert (routed.waiting, back.heard) == (1, [])
     routed.engines["g0"] = routed.engine("g0", started_ns=6, node="new")
     assert routed.waiting == (1 if leaves == "not wanted" else 0)
+
+
+@pytest.mark.parametrize(
+    ("own", "reason"), [(True, "deadline_unreachable"), (False, "over_capacity")]
+)
+def test_a_wait_ends_for_the_reason_that_its_client_hears(own: bool, reason: str) -> None:
+    routed, refused = Routed("g0"), list[RoutingError]()
+    routed.service.on_refused = refused.append
+    ingress = FarEnd(routed)
+    placed(ingress, "a", 1)
+    ingress.says(Place(2, ask("b", timeout_s=5.0, own_deadline=own)))
+    routed.tick(5.0)
+    assert to_wire(failure(ingress.heard[-1:])) == to_wire(refused[0])
+    assert routed.meters.of(table.REFUSALS, reason) == 1
+    (counted,) = count_by_reason(routed.service.status().router.refused_total)
+    assert counted == f"ERROR_REASON_{reason.upper()}"
 
 
 def test_who_waits_for_a_missing_group_that_is_not_wanted_any_more_is_refused() -> None:

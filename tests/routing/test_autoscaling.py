@@ -11,10 +11,12 @@ from kvmesh.cluster.routing.autoscaling import (
     fleet_load,
 )
 from kvmesh.cluster.routing.errors import (
+    DeadlineUnreachableError,
     ExceedsEveryGroupError,
     NoRoomError,
     QueueFullError,
     QuotaExceededError,
+    QuotaUsedUpError,
 )
 from kvmesh.cluster.routing.fairness import TenantPolicy
 from kvmesh.cluster.routing.outcome import Enqueued
@@ -89,7 +91,13 @@ def test_while_some_start_no_more_are_added_than_what_waits_needs() -> None:
     [
         (NoRoomError("", 1.0, 100, 10), "ab"),
         (QueueFullError("", 1.0, 100, 10), "ab"),
+        (DeadlineUnreachableError(5.0, 9.0), "ab"),
+        # Its client asked for less than the operator does.
+        (DeadlineUnreachableError(4.9, 9.0), "a"),
+        # It waited, so the load has shown it.
+        (DeadlineUnreachableError(50.0, None), "a"),
         # More groups would not help these.
+        (QuotaUsedUpError("", 1.0), "a"),
         (QuotaExceededError(100, 10), "a"),
         (ExceedsEveryGroupError({}, {}, {}), "a"),
     ],

@@ -3,7 +3,12 @@ from __future__ import annotations
 import pytest
 
 from kvmesh.cluster.routing.config import RouterConfig
-from kvmesh.cluster.routing.errors import DeadlineUnreachableError
+from kvmesh.cluster.routing.errors import (
+    DeadlineUnreachableError,
+    NoRoomError,
+    QuotaUsedUpError,
+)
+from kvmesh.cluster.routing.fairness import TenantPolicy
 from kvmesh.cluster.routing.outcome import Enqueued, Grown, Outcome, Refused
 from kvmesh.cluster.routing.placement import GroupChoice, PlacementWeights, choose, prefill_s
 from kvmesh.cluster.routing.request import Past
@@ -14,6 +19,7 @@ from kvmesh.workers.lease import AccountUpdate, LeaseEnd
 from kvmesh.workers.sizes import PageNeed
 from tests.routing.groups import (
     SLOW,
+    arrive,
     ask,
     emit,
     end,
@@ -175,6 +181,34 @@ def test_what_cannot_start_in_time_is_refused_at_once() -> None:
     assert isinstance(refused.error, DeadlineUnreachableError)
     assert refused.error.projected_start_s == pytest.approx(32.0, abs=0.5)
     assert isinstance(router.place(ask("patient", 960, 320, timeout_s=60.0), 1.0)[0], Enqueued)
+
+
+def test_what_the_queue_limits_is_refused_for_lack_of_room() -> None:
+    """At once where the forecast says so, and when its time is over; with figures."""
+    router = router_with(pace=SLOW, groups={"g0": make_info()}, ahead_s=1e9)
+    place(router, "running", 960, 320, 0.0)
+    large = 4 * 1000 + 77 * 300
+    (own,) = router.place(ask("hasty", 960, 320, timeout_s=10.0, own_deadline=False), 1.0)
+    assert isinstance(own, Refused) and type(own.error) is NoRoomError
+    assert own.error.message == "no room within 10 s"
+    assert own.error.retry_after_s == pytest.approx(32.0, abs=0.5)
+    assert (own.error.needed_bytes, own.error.available_bytes) == (large, 60 * 1000 + 23 * 300)
+    router.place(ask("patient", 960, 320, timeout_s=57.31, own_deadline=False), 1.0)
+    late, *_ = router.tick(60.0)
+    assert isinstance(late, Refused) and type(late.error) is NoRoomError
+    assert late.error.message == "no room within 57.3 s" and late.error.needed_bytes == large
+    assert len(late.verdicts) == 1
+    assert router_status(router, 60.0).refused_total == {"NoRoomError": 2}
+
+
+def test_what_waits_for_its_quota_in_vain_is_refused_for_its_quota() -> None:
+    tenants = {"x": TenantPolicy(quota_bytes=4 * 1000 + 17 * 300)}
+    router = router_with(groups={"g0": make_info()}, tenants=tenants)
+    arrive(router, place(router, "runs", 160, 160, 0.0, tenant="x"), 0.0)
+    router.place(ask("waits", tenant="x", timeout_s=10.0, own_deadline=False), 0.0)
+    (late,) = router.tick(10.0)
+    assert isinstance(late, Refused) and isinstance(late.error, QuotaUsedUpError)
+    assert late.error.message.endswith("use up its quota: no room within 10 s")
 
 
 def busy_and_down(past: Past) -> tuple[Router, Outcome]:
