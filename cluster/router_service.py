@@ -249,7 +249,7 @@ class RouterPeer:
             case Place():
                 service.place(message, self)
             case Cancel(call=call):
-                self._leave(call)
+                self._leave([call])
             case Release(lease_id=lease_id):
                 service.release(lease_id)
             case Finished(lease_id=lease_id):
@@ -281,14 +281,14 @@ class RouterPeer:
     def lost(self) -> None:
         self._service.groups.down(self._connection)
         self._service.answer_reported()
-        for call in self._service.callers.calls_of(self):
-            self._leave(call)
+        self._leave(self._service.callers.calls_of(self))
 
-    def _leave(self, call: int) -> None:
-        """The caller no longer waits. A placement already on its way comes back as a Release."""
+    def _leave(self, calls: Iterable[int]) -> None:
+        """Their caller no longer waits. A placement already on its way comes back as a Release."""
         service = self._service
-        if (name := service.callers.leave(self, call)) is not None:
-            service.settle(service.router.cancel(name, service.clock()))
+        left = (service.callers.leave(self, call) for call in calls)
+        names = [name for name in left if name is not None]
+        service.settle(service.router.cancel(names, service.clock()))
 
     def fail(self, call: int, failure: Failure) -> None:
         self.send(CallFailed(call, failure))

@@ -74,14 +74,14 @@ class Router:
         self._note((own, *more), now)
         return [own, *others, *more]
 
-    def cancel(self, request_id: str, now: float) -> list[Outcome]:
-        """The caller of a waiting request is gone. There is no outcome for itself."""
-        live = self.records.newest(request_id)
-        if not isinstance(live, LiveRequest):
-            return []
-        self.admission.give_up(live, now)
-        self.records.gave_up(live)
-        return self._continue(now)
+    def cancel(self, request_ids: Collection[str], now: float) -> list[Outcome]:
+        """The caller of these is gone: none that waits is granted, and none has an outcome."""
+        newest = map(self.records.newest, request_ids)
+        waiting = [live for live in newest if isinstance(live, LiveRequest)]
+        for live in waiting:
+            self.admission.give_up(live, now)
+            self.records.gave_up(live)
+        return self._continue(now) if waiting else []
 
     def abort(self, request_id: str, now: float) -> list[Outcome]:
         """End the newest incarnation of a request, if it is live.

@@ -113,9 +113,10 @@ class Routed:
         *,
         node: str = "node",
         draining: bool = False,
+        max_sequences: int = 1,
     ) -> FarEnd:
         connected = FarEnd(self)
-        info = make_info(max_sequences=1, epoch=f"{name}-{started_ns}")
+        info = make_info(max_sequences=max_sequences, epoch=f"{name}-{started_ns}")
         address = Address(name, started_ns)
         connected.peer.received(
             Hello(name, started_ns, node, draining, info, address, leases, NO_NEWS, NO_PAGES)
@@ -226,6 +227,20 @@ def test_requests_of_a_lost_ingress_wait_no_longer() -> None:
     other.says(Release(first.lease.lease_id))
     assert [x.call for x in other.all_of(Placed)] == [1, 2]  # type: ignore[attr-defined]
     assert router_status(routed.service.router, routed.now).live_requests == 1
+
+
+def test_no_request_of_a_lost_ingress_starts_because_others_of_it_are_gone() -> None:
+    routed = Routed()
+    routed.engine("g0", max_sequences=16)
+    lost, other = FarEnd(routed), FarEnd(routed)
+    placed(other, "runs", 1, prompt=800)
+    for call, prompt in enumerate((1400, 160, 160), 1):
+        lost.says(Place(call, ask(f"w{call}", prompt, priority=2 - call)))
+    other.says(Place(2, ask("last", priority=-5)))
+    assert routed.waiting == 4
+    lost.peer.lost()
+    assert [x.call for x in other.all_of(Placed)] == [1, 2]  # type: ignore[attr-defined]
+    assert routed.service.status().router.granted_total == 2
 
 
 def test_an_id_that_is_in_use_is_refused_unless_the_request_replaces_it() -> None:

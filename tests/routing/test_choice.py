@@ -113,7 +113,7 @@ def test_pages_that_are_shared_with_others_need_not_be_free() -> None:
         (waits,) = router.place(ask(f"{len(other)}", 1280, 16, page_hashes=other), 0.0)
         assert isinstance(waits, Enqueued)
         assert [x.reason for x in waits.verdicts] == [Reason.FULL]
-        router.cancel(waits.request_id, 0.0)
+        router.cancel([waits.request_id], 0.0)
     assert place(router, "b", 1280, 16, 0.0, page_hashes=PAGES[:80]).group == "g0"
 
 

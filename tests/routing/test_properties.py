@@ -257,7 +257,7 @@ class RouterMachine(RuleBasedStateMachine):
         if job.state == "queued":
             SEEN.add("cancelled while they wait")
             job.state = "cancelled"
-            self.settle(self.router.cancel(name, self.now))
+            self.settle(self.router.cancel([name], self.now))
         elif job.state == "placed":
             job.state = "cancelled"
             self.give_back(job)

@@ -182,9 +182,21 @@ def test_deadlines_and_cancellations_leave_the_queue() -> None:
     (late,) = router.tick(5.0)
     refused(late, DeadlineUnreachableError)
     for name in "cca":  # twice, and one that runs
-        assert router.cancel(name, 6.0) == []
+        assert router.cancel([name], 6.0) == []
     status = router_status(router, 6.0)
     assert (status.queue_depth, status.leases, status.live_requests) == (0, 1, 1)
+
+
+def test_of_those_that_are_cancelled_together_none_is_granted() -> None:
+    router = router_with(groups={"g0": make_info()})
+    place(router, "runs", 800, 16, 0.0)
+    for name, prompt in (("large", 1500), ("a", 320), ("b", 320), ("other", 320)):
+        waits = ask(name, prompt, 16, priority=int(name == "large"))
+        assert isinstance(router.place(waits, 0.0)[0], Enqueued), name
+    assert router.cancel(["runs", "unknown"], 1.0) == []
+    (outcome,) = router.cancel(["large", "a", "b"], 1.0)
+    assert granted([outcome]).request_id == "other"
+    assert router_status(router, 1.0).granted_total == 2
 
 
 def test_waiting_requests_know_where_they_stand() -> None:
@@ -207,7 +219,7 @@ def test_waiting_requests_know_where_they_stand() -> None:
     assert isinstance(urgent, Enqueued)
     assert urgent.position == 0
     end(router, running, 2.0)
-    router.cancel("c", 2.0)
+    router.cancel(["c"], 2.0)
     read = list(router.admission.standings(2.0))
     assert [(x.request_id, x.position) for x in read] == [("b", 0), ("d", 1)]
 
@@ -448,7 +460,7 @@ def adopted(policy: TenantPolicy = TenantPolicy()) -> Router:  # noqa: B008
 def test_requests_of_a_former_router_are_known_by_their_ids() -> None:
     router = adopted()
     refused(router.place(ask("f1"), 1.0)[0], RequestIdInUseError)
-    assert router.cancel("f1", 1.0) == [], "it does not wait"
+    assert router.cancel(["f1"], 1.0) == [], "it does not wait"
     assert router.abort("f1", 1.0) == [Withdrawn("g0", "3-1")]
     own, older = router.place(ask("f2", past=Past.RAN), 2.0)
     assert (granted([own]).request_id, older) == ("f2", Withdrawn("g0", "3-2"))
