@@ -83,7 +83,9 @@ class Admission:
                 return [Granted(self._leases.grant(live, choice, now))]
         # One that was accepted before may wait all the same: they are no more than before.
         full = self.queue.full and live.request.past < Past.ACCEPTED
-        if full and choice.group is None:
+        tenant = live.request.tenant
+        no_place = full and not self._displaced(tenant, self.queue.count_of(tenant) + 1)
+        if no_place and choice.group is None:
             return [self._full(live, choice, ahead, now)]
         self._enter(live)
         self.queue.put(live)
@@ -92,9 +94,14 @@ class Admission:
         if len(others) < len(decisions):
             return [*(x for x in decisions if x.request_id == name), *others]
         if full and len(self.queue) > self.queue.limit:
-            self.queue.retract(live)
-            self._fleet.tenants.leave(live.request.tenant)
-            return [self._full(live, choice, len(self.queue), now), *others]
+            displaced = self._displaced(tenant, self.queue.count_of(tenant))
+            if displaced is None:
+                self.queue.retract(live)
+                self._fleet.tenants.leave(tenant)
+                return [self._full(live, choice, len(self.queue), now), *others]
+            self.give_up(displaced, now)
+            its_choice = self._chooser.choose(self._refresh(displaced, now), now)
+            others.append(self._full(displaced, its_choice, len(self.queue), now))
         return [self._queued(live, choice, now), *others]
 
     def give_up(self, live: LiveRequest, now: float) -> None:
@@ -217,6 +224,21 @@ class Admission:
         if tenant not in self.queue.tenants:
             tenants.lift(tenant, self.queue.tenants)
         tenants.enter(tenant)
+
+    def _displaced(self, tenant: str, count: int) -> LiveRequest | None:
+        """Who leaves a full queue so that a request of the tenant may wait; None: that one has to.
+
+        It is of the tenant with the largest share of the queue, by weight, if that is no smaller
+        without it than the newcomer's; the youngest of those of its lowest priority.
+        count: of the newcomer's requests, with this one
+        """
+        policy, queue = self._fleet.tenants.policy, self.queue
+        left = {name: (queue.count_of(name) - 1) / policy(name).weight for name in queue.tenants}
+        largest = max(left, key=lambda name: left[name], default=tenant)
+        if largest == tenant or left[largest] < count / policy(tenant).weight:
+            return None
+        of_it = (x for x in queue if x.request.tenant == largest and x.request.past is Past.NEW)
+        return min(of_it, key=lambda x: (x.request.priority, -x.rank[-1]), default=None)
 
     def _full(self, live: LiveRequest, choice: GroupChoice, ahead: int, now: float) -> Refused:
         error = self._refusals.queue_full(live.demand, choice, ahead, now)

@@ -21,7 +21,9 @@ from kvmesh.cluster.routing.live import LiveRequest
 from kvmesh.cluster.routing.outcome import Enqueued, Granted, Refused
 from kvmesh.cluster.routing.request import Past
 from kvmesh.cluster.routing.router import Router
+from kvmesh.cluster.routing.status import router_status
 from kvmesh.cluster.routing.verdict import Reason
+from kvmesh.workers.lease import AccountUpdate, LeaseEnd
 from tests.routing.groups import (
     SLOW,
     ask,
@@ -180,11 +182,11 @@ def test_however_many_long_prompts_are_held_back_others_are_served() -> None:
 def test_a_full_queue_of_others_refuses_only_what_lacks_room(room: bool) -> None:
     tenants = {"x": TenantPolicy(quota_bytes=LEASE)}
     info = make_info(max_sequences=2 if room else 1)
-    router = router_with(groups={"g0": info}, tenants=tenants, queue_limit=2)
+    router = router_with(groups={"g0": info}, tenants=tenants, queue_limit=1)
     place(router, "first", 160, 160, 0.0, tenant="x")
-    many_wait(router, 2, tenant="x")
+    many_wait(router, 1, tenant="x")
     own, *others = router.place(ask("other", tenant="y"), 0.0)
-    assert not others and len(router.admission.queue) == 2
+    assert not others and len(router.admission.queue) == 1
     assert isinstance(own, Granted if room else Refused)
     router.leases.check_integrity()
 
@@ -198,6 +200,66 @@ def test_who_is_refused_by_a_full_queue_leaves_nothing_in_it() -> None:
     assert isinstance(own, Refused) and isinstance(own.error, QueueFullError) and not others
     assert [x.request_id for x in router.admission.queue] == ["large"]
     assert router.fleet.tenants.live("y") == router.admission.queue.count_of("y") == 0
+
+
+def queue_of(*tenants: str, limit: int, **settings: object) -> Router:
+    """One runs, and these tenants' requests r0, r1, ... wait."""
+    router = router_with(groups={"g0": make_info(max_sequences=1)}, queue_limit=limit, **settings)
+    place(router, "runs", 160, 160, 0.0, tenant="runs")
+    for number, tenant in enumerate(tenants):
+        waits(router, f"r{number}", tenant=tenant, now=float(number))
+    return router
+
+
+def comes(router: Router, name: str, tenant: str) -> list[str]:
+    """The requests that are refused then."""
+    outcomes = router.place(ask(name, tenant=tenant), 9.0)
+    refused = [x for x in outcomes if isinstance(x, Refused)]
+    assert all(type(x.error) is QueueFullError and x.verdicts for x in refused)
+    router.leases.check_integrity()
+    return [x.request_id for x in refused]
+
+
+def test_no_tenant_fills_the_queue_alone() -> None:
+    router = queue_of("a", "a", "a", "a", limit=4)
+    assert comes(router, "b0", "b") == ["r3"], "the youngest of who has most"
+    assert comes(router, "b1", "b") == ["r2"]
+    assert comes(router, "b2", "b") == ["b2"], "both have as many"
+    assert comes(router, "a4", "a") == ["a4"]
+    assert comes(router, "c0", "c") in (["b1"], ["r1"])
+    assert len(router.admission.queue) == 4 and router_status(router, 9.0).live_requests == 5
+    assert router.fleet.tenants.live("a") + router.fleet.tenants.live("b") == 3
+
+
+def test_who_takes_anothers_place_in_the_queue_starts_in_its_turn() -> None:
+    router = queue_of("a", "a", "a", "a", limit=4)
+    assert comes(router, "b0", "b") == ["r3"]
+    (runs,) = router.leases.values()
+    first = granted(router.account("g0", AccountUpdate(ended=(LeaseEnd(runs.lease_id),)), 10.0))
+    second = granted(end(router, first, 11.0))
+    assert {first.request_id, second.request_id} == {"r0", "b0"}
+
+
+def test_the_queue_is_shared_by_weight() -> None:
+    tenants = {"a": TenantPolicy(weight=3.0)}
+    router = queue_of("a", "a", "a", "a", limit=4, tenants=tenants)
+    assert comes(router, "b0", "b") == ["r3"]
+    assert comes(router, "b1", "b") == ["b1"]
+
+
+def test_of_a_tenants_requests_those_of_low_priority_give_way() -> None:
+    router = queue_of("a", "a", limit=4)
+    for number, priority in ((2, -1), (3, 1)):
+        waits(router, f"r{number}", tenant="a", priority=priority, now=3.0)
+    assert comes(router, "b0", "b") == ["r2"]
+    assert comes(router, "b1", "b") == ["r1"]
+
+
+def test_what_was_accepted_before_does_not_give_way() -> None:
+    router = queue_of(limit=2)
+    for name in ("a0", "a1"):
+        waits(router, name, tenant="a", past=Past.ACCEPTED)
+    assert comes(router, "b0", "b") == ["b0"]
 
 
 def test_as_few_are_tried_however_many_wait(monkeypatch: pytest.MonkeyPatch) -> None:
