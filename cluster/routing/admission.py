@@ -151,7 +151,9 @@ class Admission:
             if not allowed:
                 backfill.lacks_quota(live.request)
                 continue
-            choice = self._chooser.choose_waiting(demand, open_groups, now, promises, deferred_s)
+            choice = self._chooser.choose_waiting(
+                demand, open_groups, groups, now, promises, deferred_s
+            )
             if choice.group is not None:
                 left.append(live)
                 placement = self._leases.grant(live, choice, now)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from kvmesh.cluster.routing.config import RouterTuning
@@ -71,17 +71,19 @@ class Chooser:
         self,
         demand: RequestDemand,
         open_groups: Sequence[Group],
+        possible: Iterable[Group],
         now: float,
         promises: Mapping[str, Promise],
         deferred_s: Mapping[str, float],
     ) -> GroupChoice:
         """Among open groups and, to wait for, those that hold the prefix.
 
+        possible: those that it may be given or wait for
         promises: by group, to requests before this one
         deferred_s: see `choose`
         """
-        holders = [self._groups[name] for name in demand.cached_blocks if name in self._groups]
-        more = [x for x in holders if x.account is not None and x not in open_groups]
+        holders = (group for group in possible if group.name in demand.cached_blocks)
+        more = [group for group in holders if group not in open_groups]
         return choose(
             [*open_groups, *more], demand, now, self._weights_for(demand), promises, deferred_s
         )

@@ -89,6 +89,19 @@ def test_only_the_first_in_line_are_tried() -> None:
         assert isinstance(own, Granted) == is_tried
 
 
+def test_who_is_too_far_down_does_not_overtake_for_its_prefix_either() -> None:
+    infos = {name: make_info(sealed=200, epoch=name, kv_format=name) for name in ("exact", "int4")}
+    for depth, group in ((1, "int4"), (2, "exact")):
+        router = router_with(pace=SLOW, groups=infos, backfill_depth=depth, balance_s=0.0)
+        first = place(router, "a", 320, 16, 0.0, page_hashes=PAGES[:20], accepts=only("exact"))
+        end(router, first, 1.0)
+        running = place(router, "running", 1120, 1000, 1.0, accepts=only("exact"))
+        emit(router, running, 3.0)
+        waits(router, "large", 1600, 16, now=3.0, priority=1, accepts=only("exact"))
+        small = place(router, "small", 336, 16, 3.0, page_hashes=PAGES[:21])
+        assert small.group == group
+
+
 def test_who_is_over_its_quota_holds_nobody_back() -> None:
     quota = TenantPolicy(quota_bytes=make_info().geometry.bytes_of(make_info().geometry.need(320)))
     router = router_with(groups={"g0": make_info()}, tenants={"x": quota})
