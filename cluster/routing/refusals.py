@@ -82,16 +82,12 @@ class Refusals:
         now: float,
         start_s: float | None = None,
     ) -> RoutingError:
-        """Of a request that has not started in time; start_s: it would not, but then"""
+        """Of a request that has not started in time, or would not; start_s: when it would"""
         request = demand.request
         assert request.timeout_s is not None
         if request.own_deadline:
             return DeadlineUnreachableError(request.timeout_s, start_s)
-        within = f"within {round(request.timeout_s, 1):g} s"
-        if self.min_bytes(demand) > self._fleet.quota_left(request):
-            message = f"the tenant's other requests use up its quota: no room {within}"
-            return QuotaUsedUpError(message, self._config.max_retry_s)
-        message = f"no room {within}"
+        message = f"no room within {round(request.timeout_s, 1):g} s"
         return self._over_capacity(NoRoomError, message, demand, choice.verdicts, ahead, now)
 
     def queue_full(
@@ -167,6 +163,9 @@ class Refusals:
         ahead: int,
         now: float,
     ) -> NoRoomError:
+        if self.min_bytes(demand) > self._fleet.quota_left(demand.request):
+            message = f"{message}; the tenant's other requests use up its quota"
+            return QuotaUsedUpError(message, self._config.max_retry_s)
         possible = [verdict for verdict in verdicts if not verdict.never]
         nearest = min(possible, key=lambda v: v.needed_bytes - v.available_bytes, default=None)
         start_s = self.projected_start_s(demand, ahead, now)

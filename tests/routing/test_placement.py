@@ -208,7 +208,18 @@ def test_what_waits_for_its_quota_in_vain_is_refused_for_its_quota() -> None:
     router.place(ask("waits", tenant="x", timeout_s=10.0, own_deadline=False), 0.0)
     (late,) = router.tick(10.0)
     assert isinstance(late, Refused) and isinstance(late.error, QuotaUsedUpError)
-    assert late.error.message.endswith("use up its quota: no room within 10 s")
+    assert late.error.message.startswith("no room within 10 s; ")
+
+
+def test_a_full_queue_refuses_for_its_quota_what_that_would_stop_too() -> None:
+    tenants = {"x": TenantPolicy(quota_bytes=4 * 1000 + 17 * 300)}
+    info = make_info(max_sequences=2)
+    router = router_with(groups={"g0": info}, tenants=tenants, queue_limit=1)
+    place(router, "runs", 160, 160, 0.0, tenant="x")
+    router.place(ask("waits", tenant="x"), 0.0)
+    (own,) = router.place(ask("r", tenant="x"), 0.0)
+    assert isinstance(own, Refused) and isinstance(own.error, QuotaUsedUpError)
+    assert own.error.message.startswith("the queue is full: 1 requests wait; ")
 
 
 def busy_and_down(past: Past) -> tuple[Router, Outcome]:
