@@ -24,19 +24,15 @@ def audit(account: Account, loads: EngineLoads) -> tuple[str, ...]:
         need = PageNeed(terms.hot_pages, terms.sealed_pages)
         covered += need
         lease = here.get(terms.lease_id)
-        there[terms.lease_id] = f"{_named(terms.lease_id, lease)} {need}"
+        there[terms.lease_id] = f"{_named(terms)} {need}"
         if lease is None:
             faults.append(f"{group} has {there[terms.lease_id]}, and it is not in the ledger")
         elif not _within(terms, lease):
-            faults.append(
-                f"{_named(lease.lease_id, lease)} is {lease.terms} in the ledger and {terms} "
-                f"in {group}"
-            )
+            faults.append(f"{_named(lease)} is {lease.terms} in the ledger and {terms} in {group}")
     for lease in here.values():
         if lease.arrived and lease.lease_id not in there:
             faults.append(
-                f"{_named(lease.lease_id, lease)} has arrived with {lease.need}, and {group} "
-                "does not have it"
+                f"{_named(lease)} has arrived with {lease.need}, and {group} does not have it"
             )
     if not loads.pool.used.fits(covered):
         faults.append(
@@ -46,10 +42,8 @@ def audit(account: Account, loads: EngineLoads) -> tuple[str, ...]:
     return tuple(faults)
 
 
-def _named(lease_id: str, lease: Lease | None) -> str:
-    """lease: None if the ledger does not have it"""
-    request = "unknown" if lease is None or lease.request is None else lease.request.request_id
-    return f"lease {lease_id} of request {request}"
+def _named(lease: Lease | LeaseTerms) -> str:
+    return f"lease {lease.lease_id} of request {lease.request_id}"
 
 
 def _within(terms: LeaseTerms, lease: Lease) -> bool:

@@ -224,7 +224,7 @@ def test_an_audit_finds_what_engine_and_ledger_disagree_about(account: Account) 
     assert audit(account, loads(second.terms, before, hot=6, sealed=40)) == ()
     (fault,) = audit(account, loads(before, foreign(1, 1, 2)))
     assert fault == (
-        "g0 has lease 3-1 of request unknown 1 hot and 2 sealed pages, and it is not in the ledger"
+        "g0 has lease 3-1 of request f1 1 hot and 2 sealed pages, and it is not in the ledger"
     )
 
 
