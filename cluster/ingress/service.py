@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 
 from kvmesh.cluster.errors import DrainingError
 from kvmesh.cluster.identity import Identity
-from kvmesh.cluster.ingress import validate, wire
+from kvmesh.cluster.ingress import validate
 from kvmesh.cluster.ingress.answers.planner import AnswerPlanner
 from kvmesh.cluster.ingress.codec import TextCodec
 from kvmesh.cluster.ingress.engine_links import EngineLinks
@@ -26,6 +26,7 @@ from kvmesh.cluster.ingress.questions import Questions
 from kvmesh.cluster.ingress.refuse import refuse
 from kvmesh.cluster.ingress.router_link import RouterLink
 from kvmesh.cluster.ingress.served import Served
+from kvmesh.cluster.ingress.whole_reply import WholeReply
 from kvmesh.cluster.link import Address
 from kvmesh.cluster.telemetry.meters import IngressMeters
 from kvmesh.cluster.telemetry.traces import OFF, RequestTrace, Traces
@@ -168,12 +169,12 @@ class IngressService:
         params.CopyFrom(request.sampling_params)
         async with contextlib.aclosing(self.generate_stream(request, tenant)) as events:
             del request
-            received = []
+            whole = WholeReply()
             async for event in events:
                 if event.HasField("started"):
                     check_reply(params, event.started.prompt_tokens)
-                received.append(event)
-            return wire.generated(received)
+                whole.add(event)
+            return whole.reply()
 
     # Internals
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from kvmesh.cluster.ingress.choice import ChoiceFinish, ChoiceOutput
 from kvmesh.cluster.ingress.codec import TextCodec
@@ -97,51 +97,6 @@ def started(placed: Placed | None, request_id: str, prompt_tokens: int, seed: in
         kv_reserved_bytes=placed.lease_bytes,
         cached_tokens=placed.cached_tokens,
     )
-
-
-def generated(events: Iterable[pb.GenerateStreamResponse]) -> pb.GenerateResponse:
-    """A stream's events in one reply."""
-    reply = pb.GenerateResponse()
-    choices: dict[int, pb.Choice] = {}
-
-    def choice_of(index: int) -> pb.Choice:
-        return choices.setdefault(index, pb.Choice(index=index))
-
-    for event in events:
-        match event.WhichOneof("event"):
-            case "started":
-                reply.request_id = event.started.request_id
-                reply.model = event.started.model
-                reply.seed = event.started.seed
-            case "delta":
-                choice = choice_of(event.delta.index)
-                choice.text += event.delta.text
-                choice.reasoning += event.delta.reasoning
-                _add_calls(choice, event.delta.tool_calls)
-                choice.token_ids.extend(event.delta.token_ids)
-                choice.logprobs.MergeFrom(event.delta.logprobs)
-            case "prompt_logprobs":
-                reply.prompt_logprobs.MergeFrom(event.prompt_logprobs)
-            case "choice_finished":
-                finished = event.choice_finished
-                choice = choice_of(finished.index)
-                choice.finish_reason = finished.finish_reason
-                match finished.WhichOneof("matched_stop"):
-                    case "matched_stop_string":
-                        choice.matched_stop_string = finished.matched_stop_string
-                    case "matched_stop_token_id":
-                        choice.matched_stop_token_id = finished.matched_stop_token_id
-            case "usage":
-                reply.usage.CopyFrom(event.usage)
-    reply.choices.extend(choices[index] for index in sorted(choices))
-    return reply
-
-
-def _add_calls(choice: pb.Choice, pieces: Iterable[pb.ToolCallDelta]) -> None:
-    for piece in pieces:
-        if piece.index == len(choice.tool_calls):
-            choice.tool_calls.add(id=piece.id, name=piece.name)
-        choice.tool_calls[piece.index].arguments_json += piece.arguments_json
 
 
 def model_info(

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from kvmesh.cluster.errors import UnknownModelError, UnknownPathError
-from kvmesh.cluster.ingress import wire
+from kvmesh.cluster.ingress.whole_reply import WholeReply
 from kvmesh.cluster.openai.body import RequestBody, read_body
 from kvmesh.cluster.openai.call import KV_BYTES, Contract, EventSource, HttpCall, reply
 from kvmesh.cluster.openai.chat import ChatBody
@@ -256,10 +256,10 @@ class OpenAIRoutes:
 
 async def _replies(source: EventSource, number: int) -> list[pb.GenerateResponse]:
     """The whole output of each prompt."""
-    events: list[list[pb.GenerateStreamResponse]] = [[] for _ in range(number)]
+    wholes = [WholeReply() for _ in range(number)]
     async for index, event in source:
-        events[index].append(event)
-    return [wire.generated(its) for its in events]
+        wholes[index].add(event)
+    return [whole.reply() for whole in wholes]
 
 
 def _kv_bytes(generated: Sequence[pb.GenerateResponse]) -> dict[str, str]:
