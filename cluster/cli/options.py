@@ -142,12 +142,17 @@ class ServerOptions:
 
     def http_key(self, url: str) -> str | None:
         """The key for a server with OpenAI's API: as given, $OPENAI_API_KEY, or for a server on
-        this machine the local kvmesh server's."""
-        from kvmesh.client.credentials import resolve_api_key
+        this machine kvmesh's, from $KVMESH_API_KEY or the local server's file.
 
-        netloc = urllib.parse.urlsplit(url).netloc
-        key = self._key() or os.environ.get("OPENAI_API_KEY")
-        return resolve_api_key(key, netloc, os.environ)
+        The URL may be of anyone's server, which must not get a key for kvmesh.
+        """
+        from kvmesh.client.credentials import is_local, resolve_api_key
+
+        # Without a user's name before it, which may look like a host.
+        host = urllib.parse.urlsplit(url).hostname or ""
+        given = self._key()
+        key = given if given is not None else os.environ.get("OPENAI_API_KEY") or None
+        return resolve_api_key(key, host, os.environ if is_local(host) else {})
 
     def _settings(self) -> dict[str, Any]:
         given: dict[str, Any] = without_none(timeout_s=self.timeout)

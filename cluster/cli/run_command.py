@@ -157,7 +157,7 @@ async def _answer_served(
     key = None if api_key_file is None else read_key_file(api_key_file)
     if api_key_file is not None and key is None:
         raise typer.BadParameter(f"there is no file {api_key_file}", param_hint="--api-key-file")
-    key = key or resolve_api_key(None, urlsplit(base).netloc, os.environ)
+    key = key or resolve_api_key(None, urlsplit(base).hostname or "", os.environ)
     async with ServedAnswers(base, key) as answers:
         check_model(target, await answers.model())
         await batch.run(answers, at_once or SERVED_AT_ONCE)

@@ -12,6 +12,7 @@ from typer.testing import Result
 import kvmesh.client
 from kvmesh.client import AsyncClient, AsyncFakeTransport, FakeServer, OverCapacityError
 from kvmesh.cluster.cli.exits import ExitCode
+from kvmesh.cluster.cli.options import ServerOptions
 from tests.cluster.test_cli import run
 
 MOONCAKE = {"timestamp": 0, "input_length": 1200, "output_length": 3, "hash_ids": [0, 1]}
@@ -33,6 +34,30 @@ def server(monkeypatch: pytest.MonkeyPatch) -> FakeServer:
 
 def bench(*arguments: str) -> Result:
     return run("bench", "serve", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("url", "other", "expected"),
+    [
+        ("http://198.51.100.1/v1", None, None),
+        ("https://api.example.com/v1", None, None),
+        ("https://127.0.0.1:80@example.com/v1", None, None),  # a user, a password and a host
+        ("https://api.example.com/v1", "others-key", "others-key"),
+        ("http://localhost:8000/v1", None, "own-key"),
+        ("http://[::1]:8000/v1", None, "own-key"),
+        ("http://localhost:8000/v1", "others-key", "others-key"),
+    ],
+)
+def test_a_key_for_kvmesh_stays_on_this_machine(
+    monkeypatch: pytest.MonkeyPatch, url: str, other: str | None, expected: str | None
+) -> None:
+    monkeypatch.setenv("KVMESH_API_KEY", "own-key")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    if other is not None:
+        monkeypatch.setenv("OPENAI_API_KEY", other)
+    assert ServerOptions().http_key(url) == expected
+    assert ServerOptions(api_key="given-key").http_key(url) == "given-key"
+    assert ServerOptions(api_key="").http_key(url) is None
 
 
 def generations(server: FakeServer) -> list[Any]:
