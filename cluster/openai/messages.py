@@ -30,6 +30,7 @@ class MessagePart(RequestBody):
     cache_control: Ignored = None
     annotations: Ignored = None
     logprobs: Ignored = None
+    parsed: Ignored = None
 
     def to_contract(self, path: str) -> pb.ContentPart:
         match self.type:
@@ -57,6 +58,8 @@ Content = Annotated[
 class CalledFunction(RequestBody):
     name: str
     arguments: str = "{}"
+    parsed_arguments: Ignored = None
+    provider_specific_fields: Ignored = None
 
 
 class MessageToolCall(RequestBody):
@@ -64,10 +67,12 @@ class MessageToolCall(RequestBody):
     id: str = ""
     function: CalledFunction
     index: Ignored = None
+    provider_specific_fields: Ignored = None
 
 
 class ChatTurn(RequestBody):
-    """A message. What a model has thought is not shown to it again."""
+    """A message. What a model has thought is not shown to it again, and what clients add to a
+    reply when they read it may come back with it."""
 
     role: str
     content: Content | None = None
@@ -77,9 +82,14 @@ class ChatTurn(RequestBody):
     refusal: str | None = None
     function_call: Unsupported = None
     audio: Unsupported = None
+    images: Unsupported = None
     reasoning_content: Ignored = None
     reasoning: Ignored = None
+    reasoning_details: Ignored = None
+    thinking_blocks: Ignored = None
     annotations: Ignored = None
+    parsed: Ignored = None
+    provider_specific_fields: Ignored = None
 
     def to_contract(self, path: str) -> pb.ChatMessage:
         message = pb.ChatMessage(

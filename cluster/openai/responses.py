@@ -41,7 +41,9 @@ class InputItem(RequestBody):
     summary: Ignored = None
     encrypted_content: Ignored = None
     namespace: Unsupported = None
+    async_: Unsupported = None  # as the official client writes out its own field
     caller: Ignored = None
+    parsed_arguments: Ignored = None
 
     def add_to(self, messages: list[pb.ChatMessage], path: str) -> None:
         match self.type:

@@ -645,3 +645,62 @@ async def test_an_answer_is_parsed(server: HttpServer, contract: ScriptedContrac
         reply = await client.chat.completions.parse(model="m", messages=HI, response_format=City)
     assert reply.choices[0].message.parsed == City(name="Rome")
     assert "name" in contract.requests[0].structured_output.json_schema
+
+
+async def test_what_official_clients_make_of_a_reply_is_taken_back(
+    server: HttpServer, contract: ScriptedContract
+) -> None:
+    def play(request: pb.GenerateRequest) -> Iterable[Any]:
+        yield started(request)
+        yield delta("", reasoning="Hmm.")
+        yield delta('{"name":"Rome"}')
+        call = pb.ToolCallDelta(index=0, id="c0", name="City", arguments_json='{"name":"Bonn"}')
+        yield delta("", tool_calls=[call])
+        yield finished(reason=pb.FINISH_REASON_TOOL_CALLS)
+        yield usage()
+
+    contract.script = play
+    options: dict[str, Any] = {"model": "m", "tools": [openai.pydantic_function_tool(City)]}
+    async with server.client() as client:
+        plain = await client.chat.completions.create(messages=HI, **options)
+        parsed = await client.chat.completions.parse(messages=HI, response_format=City, **options)
+        async with client.chat.completions.stream(
+            messages=HI, response_format=City, **options
+        ) as stream:
+            streamed = await stream.get_final_completion()
+        for reply in (plain, parsed, streamed):
+            message = reply.choices[0].message
+            for turn in (message, message.model_dump(warnings=False), message.to_dict()):
+                answer = {"role": "tool", "tool_call_id": "c0", "content": "ok"}
+                await client.chat.completions.create(messages=[*HI, turn, answer], **options)
+                sent = MessageToDict(contract.requests[-1], preserving_proto_field_name=True)
+                assert sent["prompt"]["chat"]["messages"][1] == {
+                    "role": "assistant",
+                    "content": '{"name":"Rome"}',
+                    "tool_calls": [
+                        {"id": "c0", "name": "City", "arguments_json": '{"name":"Bonn"}'}
+                    ],
+                }
+
+
+async def test_what_other_libraries_add_to_a_reply_is_taken_back(
+    server: HttpServer, contract: ScriptedContract
+) -> None:
+    """LiteLLM's and OpenRouter's."""
+    added: dict[str, Any] = {"provider_specific_fields": {"a": 1}}
+    function = {"name": "weather", "arguments": "{}", **added}
+    turn = {
+        "role": "assistant",
+        "content": "Hm",
+        "tool_calls": [{"id": "c0", "function": function, **added}],
+        "reasoning_details": [],
+        "thinking_blocks": None,
+        "images": None,
+        **added,
+    }
+    request = await sent(server, contract, messages=[*HI, turn])
+    assert request["prompt"]["chat"]["messages"][1] == {
+        "role": "assistant",
+        "content": "Hm",
+        "tool_calls": [{"id": "c0", "name": "weather", "arguments_json": "{}"}],
+    }

@@ -331,3 +331,41 @@ async def test_an_answer_is_parsed(server: HttpServer, contract: ScriptedContrac
     assert response.output_parsed == City(name="Rome")
     schema = json.loads(contract.requests[0].structured_output.json_schema)
     assert schema["properties"]["name"]["type"] == "string"
+
+
+async def test_what_official_clients_make_of_a_response_is_taken_back(
+    server: HttpServer, contract: ScriptedContract
+) -> None:
+    def play(request: pb.GenerateRequest) -> list[Any]:
+        made = pb.ToolCallDelta(index=0, id="c0", name="City", arguments_json='{"name":"Bonn"}')
+        return [
+            started(request),
+            delta("", reasoning="Hmm."),
+            delta('{"name":"Rome"}'),
+            delta("", tool_calls=[made]),
+            finished(reason=pb.FINISH_REASON_TOOL_CALLS),
+            usage(),
+        ]
+
+    contract.script = play
+    tool = openai.pydantic_function_tool(City)["function"]
+    options: dict[str, Any] = {"model": "m", "tools": [{"type": "function", **tool}]}
+    async with server.client() as client:
+        plain = await client.responses.create(input="Hi", **options)
+        parsed = await client.responses.parse(input="Hi", text_format=City, **options)
+        async with client.responses.stream(input="Hi", text_format=City, **options) as stream:
+            streamed = await stream.get_final_response()
+        for reply in (plain, parsed, streamed):
+            items = reply.output
+            for echo in (items, [x.model_dump() for x in items], [x.to_dict() for x in items]):
+                answer = {"type": "function_call_output", "call_id": "c0", "output": "ok"}
+                turns = [{"role": "user", "content": "Hi"}, *echo, answer]
+                await client.responses.create(input=turns, **options)
+                sent = MessageToDict(contract.requests[-1], preserving_proto_field_name=True)
+                assert sent["prompt"]["chat"]["messages"][1] == {
+                    "role": "assistant",
+                    "parts": [{"text": '{"name":"Rome"}'}],
+                    "tool_calls": [
+                        {"id": "c0", "name": "City", "arguments_json": '{"name":"Bonn"}'}
+                    ],
+                }
