@@ -74,6 +74,7 @@ class ChatTurn(RequestBody):
     """A message. What a model has thought is not shown to it again, and what clients add to a
     reply when they read it may come back with it."""
 
+    type: Literal["message", "text"] | None = None  # as lm-eval has it, and as responses do
     role: str
     content: Content | None = None
     name: str | None = None

@@ -203,6 +203,16 @@ async def test_messages_and_tools(server: HttpServer, contract: ScriptedContract
     }
 
 
+@pytest.mark.parametrize("kind", ["text", "message", None])
+async def test_a_message_may_say_that_it_is_one(
+    server: HttpServer, contract: ScriptedContract, kind: str | None
+) -> None:
+    """lm-eval's messages have the type text, and those of responses the type message."""
+    messages = [{**turn, "type": kind} for turn in HI]
+    request = await sent(server, contract, messages=messages)
+    assert request["prompt"]["chat"]["messages"] == HI
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "message"),
     [
@@ -220,6 +230,7 @@ async def test_messages_and_tools(server: HttpServer, contract: ScriptedContract
             "'image_url' is not supported",
         ),
         ({"messages": [{"role": "user", "foo": 1}]}, "messages[0].foo", "not a field"),
+        ({"messages": [{"role": "user", "type": "x"}]}, "messages[0].type", "'message' or 'text'"),
         ({"temperature": "hot"}, "temperature", 'must be a number, got "hot"'),
         ({"temperature": True}, "temperature", "must be a number"),
         ({"n": 1.5}, "n", "must be a whole number"),
@@ -670,7 +681,11 @@ async def test_what_official_clients_make_of_a_reply_is_taken_back(
             streamed = await stream.get_final_completion()
         for reply in (plain, parsed, streamed):
             message = reply.choices[0].message
-            for turn in (message, message.model_dump(warnings=False), message.to_dict()):
+            for turn in (
+                message,
+                message.model_dump(warnings=False),
+                message.to_dict(warnings=False),
+            ):
                 answer = {"role": "tool", "tool_call_id": "c0", "content": "ok"}
                 await client.chat.completions.create(messages=[*HI, turn, answer], **options)
                 sent = MessageToDict(contract.requests[-1], preserving_proto_field_name=True)
