@@ -85,7 +85,10 @@ class KVMeshServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """One request, one reply with all of the output.
+        """One request, one reply with all of the output, which may be more than the 4 MB that
+        gRPC clients accept by default: about 8 bytes a token, and 16 a log-probability.
+        Raise the client's limit for received messages, or call GenerateStream, none of
+        whose events comes near it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -115,7 +118,8 @@ class KVMeshServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Detokenize(self, request, context):
-        """The text of token ids.
+        """The text of token ids. A million have a reply of more than the 4 MB that gRPC
+        clients accept by default.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -123,7 +123,11 @@ class KVMeshStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> KVMeshAsyncStub: ...
     Generate: _grpc.UnaryUnaryMultiCallable[_kvmesh_pb2.GenerateRequest, _kvmesh_pb2.GenerateResponse]
-    """One request, one reply with all of the output."""
+    """One request, one reply with all of the output, which may be more than the 4 MB that
+    gRPC clients accept by default: about 8 bytes a token, and 16 a log-probability.
+    Raise the client's limit for received messages, or call GenerateStream, none of
+    whose events comes near it.
+    """
     GenerateStream: _grpc.UnaryStreamMultiCallable[_kvmesh_pb2.GenerateRequest, _kvmesh_pb2.GenerateStreamResponse]
     """Events in this order: queued*, started, prompt_logprobs*,
     (delta | choice_finished)*, usage.
@@ -139,7 +143,9 @@ class KVMeshStub:
     Tokenize: _grpc.UnaryUnaryMultiCallable[_kvmesh_pb2.TokenizeRequest, _kvmesh_pb2.TokenizeResponse]
     """The token ids that Generate would use for this prompt."""
     Detokenize: _grpc.UnaryUnaryMultiCallable[_kvmesh_pb2.DetokenizeRequest, _kvmesh_pb2.DetokenizeResponse]
-    """The text of token ids."""
+    """The text of token ids. A million have a reply of more than the 4 MB that gRPC
+    clients accept by default.
+    """
     Abort: _grpc.UnaryUnaryMultiCallable[_kvmesh_pb2.AbortRequest, _kvmesh_pb2.AbortResponse]
     """Ends a request of the same tenant, queued or running. It is not an error if
     there is none.
@@ -159,7 +165,11 @@ class KVMeshStub:
 class KVMeshAsyncStub(KVMeshStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryUnaryMultiCallable[_kvmesh_pb2.GenerateRequest, _kvmesh_pb2.GenerateResponse]  # type: ignore[assignment]
-    """One request, one reply with all of the output."""
+    """One request, one reply with all of the output, which may be more than the 4 MB that
+    gRPC clients accept by default: about 8 bytes a token, and 16 a log-probability.
+    Raise the client's limit for received messages, or call GenerateStream, none of
+    whose events comes near it.
+    """
     GenerateStream: _aio.UnaryStreamMultiCallable[_kvmesh_pb2.GenerateRequest, _kvmesh_pb2.GenerateStreamResponse]  # type: ignore[assignment]
     """Events in this order: queued*, started, prompt_logprobs*,
     (delta | choice_finished)*, usage.
@@ -175,7 +185,9 @@ class KVMeshAsyncStub(KVMeshStub):
     Tokenize: _aio.UnaryUnaryMultiCallable[_kvmesh_pb2.TokenizeRequest, _kvmesh_pb2.TokenizeResponse]  # type: ignore[assignment]
     """The token ids that Generate would use for this prompt."""
     Detokenize: _aio.UnaryUnaryMultiCallable[_kvmesh_pb2.DetokenizeRequest, _kvmesh_pb2.DetokenizeResponse]  # type: ignore[assignment]
-    """The text of token ids."""
+    """The text of token ids. A million have a reply of more than the 4 MB that gRPC
+    clients accept by default.
+    """
     Abort: _aio.UnaryUnaryMultiCallable[_kvmesh_pb2.AbortRequest, _kvmesh_pb2.AbortResponse]  # type: ignore[assignment]
     """Ends a request of the same tenant, queued or running. It is not an error if
     there is none.
@@ -198,7 +210,11 @@ class KVMeshServicer(metaclass=_abc_1.ABCMeta):
         request: _kvmesh_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_kvmesh_pb2.GenerateResponse, _abc.Awaitable[_kvmesh_pb2.GenerateResponse]]:
-        """One request, one reply with all of the output."""
+        """One request, one reply with all of the output, which may be more than the 4 MB that
+        gRPC clients accept by default: about 8 bytes a token, and 16 a log-probability.
+        Raise the client's limit for received messages, or call GenerateStream, none of
+        whose events comes near it.
+        """
 
     @_abc_1.abstractmethod
     def GenerateStream(
@@ -232,7 +248,9 @@ class KVMeshServicer(metaclass=_abc_1.ABCMeta):
         request: _kvmesh_pb2.DetokenizeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_kvmesh_pb2.DetokenizeResponse, _abc.Awaitable[_kvmesh_pb2.DetokenizeResponse]]:
-        """The text of token ids."""
+        """The text of token ids. A million have a reply of more than the 4 MB that gRPC
+        clients accept by default.
+        """
 
     @_abc_1.abstractmethod
     def Abort(
