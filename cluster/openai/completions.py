@@ -175,8 +175,11 @@ class ScoredText:
 def _alternatives(token: ScoredToken) -> dict[str, float] | None:
     if token.logprob is None:
         return None
-    found = {shown(text): logprob for text, logprob in token.top}
-    found.setdefault(shown(token.text), token.logprob)
+    found: dict[str, float] = {}
+    for text, logprob in token.top:  # the likeliest first
+        found.setdefault(shown(text), logprob)
+    # Where tokens look the same, the one that was chosen counts.
+    found[shown(token.text)] = token.logprob
     return found
 
 

@@ -126,6 +126,39 @@ async def test_log_probabilities_are_columns(
     assert [x.tokens for x in chunks if x] == [["A", "ño"], [" 1"]]
 
 
+@pytest.mark.parametrize(
+    ("chosen", "logprob", "expected"),
+    [
+        (b"", -0.5, {"": -0.5, "a": -1.0}),
+        (b"a", -1.0, {"": -0.5, "a": -1.0}),
+        (b"", -8.0, {"": -8.0, "a": -1.0}),
+    ],
+)
+async def test_of_tokens_that_look_the_same_the_chosen_or_the_likeliest_is_shown(
+    server: HttpServer,
+    contract: ScriptedContract,
+    chosen: bytes,
+    logprob: float,
+    expected: dict[str, float],
+) -> None:
+    def play(request: pb.GenerateRequest) -> Iterable[Any]:
+        yield started(request)
+        columns = pb.Logprobs(
+            chosen=[logprob],
+            chosen_bytes=[chosen],
+            top=[-0.5, -1.0, -8.0],
+            top_bytes=[b"", b"a", b""],
+            top_token_ids=[1, 2, 3],
+        )
+        yield delta("", logprobs=columns)
+        yield finished()
+        yield usage()
+
+    contract.script = play
+    reply = await server.post("/v1/completions", {"prompt": "a", "logprobs": 3})
+    assert reply.json()["choices"][0]["logprobs"]["top_logprobs"] == [expected]
+
+
 @pytest.mark.parametrize("max_tokens", [0, 4])
 async def test_echo_begins_with_the_prompts_tokens(
     server: HttpServer, contract: ScriptedContract, max_tokens: int
