@@ -25,7 +25,7 @@ from kvmesh.cluster.openai.completions import (
     completion_reply,
 )
 from kvmesh.cluster.openai.failures import error_headers, error_reply
-from kvmesh.cluster.openai.names import openai_names
+from kvmesh.cluster.openai.names import openai_names, prompt_names
 from kvmesh.cluster.openai.response_stream import ResponseStream
 from kvmesh.cluster.openai.responses import ResponseBody
 from kvmesh.cluster.openai.text_calls import (
@@ -161,8 +161,12 @@ class OpenAIRoutes:
 
         body, requests = await call.read(parse)
         with openai_names(body.renames):
-            echoes = [await self._echo(body, request, call.tenant) for request in requests]
-            source = await self._begin(call, requests)
+            places = body.places(len(requests))
+            echoes = [
+                await self._echo(body, request, call.tenant, place)
+                for request, place in zip(requests, places, strict=True)
+            ]
+            source = await self._begin(call, requests, places)
             if body.stream:
                 chunks = CompletionChunks(body, call.request_id, echoes)
                 return call.stream(source, chunks.read(source), body.renames)
@@ -228,28 +232,33 @@ class OpenAIRoutes:
         ready = self._contract.ready
         return reply(ServerHealth("ok" if ready else "not ready"), 200 if ready else 503)
 
-    async def _echo(self, body: CompletionBody, request: pb.GenerateRequest, tenant: str) -> Echo:
-        """What the choices of a prompt begin with."""
+    async def _echo(
+        self, body: CompletionBody, request: pb.GenerateRequest, tenant: str, place: str
+    ) -> Echo:
+        """What the choices of a prompt begin with. place: of the prompt in the body"""
         if not body.echo:
             return Echo()
         prompt = request.prompt
         ids = list(prompt.token_ids.ids)
-        if prompt.text and body.logprobs is not None:
-            wanted = pb.TokenizeRequest(prompt=prompt, model=request.model)
-            ids = list((await self._contract.questions.tokenize(wanted, tenant)).token_ids)
-        text, first = prompt.text, None
-        if ids:
-            # All of them only for their text.
-            wanted_ids = ids[:1] if text else ids
-            shown = await self._contract.questions.detokenize(
-                pb.DetokenizeRequest(token_ids=wanted_ids, skip_special_tokens=True), tenant
-            )
-            text = text or shown.text
-            first = shown.token_bytes[0] if body.logprobs is not None else None
+        with openai_names(prompt_names(place)):
+            if prompt.text and body.logprobs is not None:
+                wanted = pb.TokenizeRequest(prompt=prompt, model=request.model)
+                ids = list((await self._contract.questions.tokenize(wanted, tenant)).token_ids)
+            text, first = prompt.text, None
+            if ids:
+                # All of them only for their text.
+                wanted_ids = ids[:1] if text else ids
+                shown = await self._contract.questions.detokenize(
+                    pb.DetokenizeRequest(token_ids=wanted_ids, skip_special_tokens=True), tenant
+                )
+                text = text or shown.text
+                first = shown.token_bytes[0] if body.logprobs is not None else None
         return Echo(text, first)
 
-    async def _begin(self, call: HttpCall, requests: Sequence[pb.GenerateRequest]) -> EventSource:
-        source = await call.events(self._contract, requests)
+    async def _begin(
+        self, call: HttpCall, requests: Sequence[pb.GenerateRequest], places: Sequence[str] = ()
+    ) -> EventSource:
+        source = await call.events(self._contract, requests, places)
         await source.begin()
         return source
 

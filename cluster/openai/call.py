@@ -15,7 +15,7 @@ from starlette.responses import Response, StreamingResponse
 from kvmesh.cluster.ingress.error_table import http_status, reason_label
 from kvmesh.cluster.openai import sse
 from kvmesh.cluster.openai.failures import error_headers, error_reply
-from kvmesh.cluster.openai.names import Renames, openai_names
+from kvmesh.cluster.openai.names import Renames, openai_names, prompt_names
 from kvmesh.v1 import kvmesh_pb2 as pb
 
 LONG_BODY_BYTES = 1 << 16  # parsing more would delay every stream
@@ -91,10 +91,18 @@ class HttpCall:
         return reply(error_reply(wire, status), status, error_headers(wire, status))
 
     async def events(
-        self, contract: Contract, requests: Sequence[pb.GenerateRequest]
+        self,
+        contract: Contract,
+        requests: Sequence[pb.GenerateRequest],
+        places: Sequence[str] = (),
     ) -> EventSource:
-        """Begin to generate; the events of all requests, each with its request's index."""
+        """Begin to generate; the events of all requests, each with its request's index.
+
+        places: of the requests' prompts in the body, which errors name
+        """
         streams = [contract.generate_stream(request, self.tenant) for request in requests]
+        if places:
+            streams = [_placed(*pair) for pair in zip(streams, places, strict=True)]
         merged = await self.opened.enter_async_context(contextlib.aclosing(_merged(streams)))
         return EventSource(merged, len(requests))
 
@@ -155,6 +163,14 @@ class EventSource:
         self._seen.clear()
         async for pair in self._events:
             yield pair
+
+
+async def _placed(stream: AsyncGenerator[Event, None], place: str) -> AsyncGenerator[Event, None]:
+    """A stream whose errors name the place of its prompt."""
+    with openai_names(prompt_names(place)):
+        async with contextlib.aclosing(stream):
+            async for event in stream:
+                yield event
 
 
 async def _merged(

@@ -59,6 +59,7 @@ class CompletionBody(GenerationBody):
         """A request for each prompt. Raises InvalidFieldError."""
         self._check()
         prompts = self._prompts()
+        places = self.places(len(prompts))
         requests = []
         for index, prompt in enumerate(prompts):
             own_id = f"{request_id[:ID_CHARS]}-{index}" if len(prompts) > 1 else request_id
@@ -72,9 +73,13 @@ class CompletionBody(GenerationBody):
                 params.prompt_logprobs = params.logprobs
             if self.response_format is not None:
                 add_format(request, self.response_format.to_contract())
-            _fill(request.prompt, "prompt" if len(prompts) == 1 else f"prompt[{index}]", prompt)
+            _fill(request.prompt, places[index], prompt)
             requests.append(request)
         return requests
+
+    def places(self, number: int) -> list[str]:
+        """Where each of the prompts is in the body."""
+        return [f"prompt[{index}]" for index in range(number)] if self._listed else ["prompt"]
 
     @property
     def renames(self) -> Renames:
@@ -90,12 +95,17 @@ class CompletionBody(GenerationBody):
             )
 
     def _prompts(self) -> list[str | list[int]]:
+        if not self._listed:
+            return [cast("str | list[int]", self.prompt)]
+        if len(self.prompt) > MAX_PROMPTS:
+            refuse("prompt", f"must have at most {MAX_PROMPTS} prompts, got {len(self.prompt)}")
+        return list(cast("Sequence[str | list[int]]", self.prompt))
+
+    @property
+    def _listed(self) -> bool:
+        """Whether there is a list of prompts, even if it has one."""
         prompt: Sequence[object] = self.prompt
-        if isinstance(prompt, str) or not any(isinstance(x, str | list) for x in prompt[:1]):
-            return [cast("str | list[int]", prompt)]
-        if len(prompt) > MAX_PROMPTS:
-            refuse("prompt", f"must have at most {MAX_PROMPTS} prompts, got {len(prompt)}")
-        return list(cast("Sequence[str | list[int]]", prompt))
+        return isinstance(prompt, list) and any(isinstance(x, str | list) for x in prompt[:1])
 
 
 def _fill(prompt: pb.Prompt, field: str, given: str | list[int]) -> None:

@@ -26,6 +26,11 @@ COMMON = (
 Renames = Sequence[tuple[str, str]]
 
 
+def prompt_names(place: str) -> Renames:
+    """For a call about one of several prompts. place: of the prompt, such as prompt[3]"""
+    return ((r"^(prompt|token_ids)(?=\[|$)", place),)
+
+
 def renamed(field: str, renames: Renames) -> str:
     for pattern, name in (*COMMON, *renames):
         field = re.sub(pattern, name, field)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
 
 from kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.workers.errors import InvalidFieldError
 from tests.cluster.openai.server import (
     HttpServer,
     ScriptedContract,
@@ -15,6 +16,7 @@ from tests.cluster.openai.server import (
     finished,
     started,
     usage,
+    words,
 )
 
 
@@ -57,6 +59,7 @@ async def test_prompts(
         ({"prompt": ["a", 1]}, "prompt[1]", "must be a string"),
         ({"prompt": [[1], ["a"]]}, "prompt[1][0]", "must be a whole number"),
         ({"prompt": [-1]}, "prompt", "token ids from 0"),
+        ({"prompt": [[-1]]}, "prompt[0]", "token ids from 0"),
         ({"prompt": [[1], [1 << 32]]}, "prompt[1]", "token ids from 0"),
         ({"prompt": ["a"] * 1025}, "prompt", "at most 1024 prompts, got 1025"),
         ({"suffix": "b"}, "suffix", "is not supported"),
@@ -74,6 +77,45 @@ async def test_bad_fields_are_named(
     error = reply.json()["error"]
     assert error["param"] == param and message in error["message"]
     assert not contract.requests
+
+
+@pytest.mark.parametrize(
+    ("prompt", "param"),
+    [
+        ([7, 99], "prompt[1]"),
+        ([[7, 99]], "prompt[0][1]"),
+        ([[1, 2, 3, 4, 7, 99], [1]], "prompt[0][5]"),
+        ([[1], [99]], "prompt[1][0]"),
+        ("99", "prompt"),
+        (["99"], "prompt[0]"),
+        (["a", "99"], "prompt[1]"),
+    ],
+)
+async def test_an_error_names_the_prompt(
+    server: HttpServer, contract: ScriptedContract, prompt: Any, param: str
+) -> None:
+    """Of a generation, and of the questions that an echo asks."""
+
+    def check(field: str, ids: Sequence[int]) -> None:
+        if 99 in ids:
+            raise InvalidFieldError(f"{field}[{list(ids).index(99)}]", "is not a valid token id")
+
+    def play(request: pb.GenerateRequest) -> Iterable[Any]:
+        if request.prompt.text == "99":
+            raise InvalidFieldError("prompt.text", "is too long")
+        check("prompt.token_ids.ids", request.prompt.token_ids.ids)
+        yield from words("a")(request)
+
+    async def refuse_99(request: pb.DetokenizeRequest, tenant: str) -> pb.DetokenizeResponse:
+        check("token_ids", request.token_ids)
+        return pb.DetokenizeResponse(text="a", token_bytes=[b"a"])
+
+    contract.script = play
+    contract.detokenize = refuse_99  # type: ignore[method-assign]
+    for echo in (False, True):
+        reply = await server.post("/v1/completions", {"prompt": prompt, "echo": echo})
+        assert reply.status_code == 400
+        assert reply.json()["error"]["param"] == param
 
 
 async def test_a_prompt_alone_may_be_pinned_by_field_or_header(
