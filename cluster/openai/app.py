@@ -38,7 +38,7 @@ from kvmesh.cluster.openai.text_calls import (
     Tokenized,
     model_card,
 )
-from kvmesh.cluster.openai.usage import kv_bytes
+from kvmesh.cluster.openai.usage import RunningUsage
 from kvmesh.v1 import kvmesh_pb2 as pb
 
 CALL = "kvmesh.call"  # where the front puts the HttpCall in the scope
@@ -149,8 +149,8 @@ class OpenAIRoutes:
             source = await self._begin(call, [request])
             if body.stream:
                 return call.stream(source, chat_chunks(body, source), body.renames)
-            (generated,) = await _replies(source, 1)
-        return reply(chat_reply(body, generated), headers=_kv_bytes([generated]))
+            (generated,), usage = await _replies(source, 1)
+        return reply(chat_reply(body, generated, usage.final), headers=_kv_bytes(usage))
 
     async def complete(self, call: HttpCall) -> Response:
         """Create a completion of one prompt or several."""
@@ -170,10 +170,9 @@ class OpenAIRoutes:
             if body.stream:
                 chunks = CompletionChunks(body, call.request_id, echoes)
                 return call.stream(source, chunks.read(source), body.renames)
-            generated = await _replies(source, len(requests))
-        return reply(
-            completion_reply(body, call.request_id, generated, echoes), headers=_kv_bytes(generated)
-        )
+            generated, usage = await _replies(source, len(requests))
+        found = completion_reply(body, call.request_id, generated, echoes, usage.final)
+        return reply(found, headers=_kv_bytes(usage))
 
     async def respond(self, call: HttpCall) -> Response:
         """Create a response, which is not stored."""
@@ -188,8 +187,8 @@ class OpenAIRoutes:
             source = await self._begin(call, [request])
             if body.stream:
                 return call.stream(source, made.read(source), body.renames)
-            found, used = await made.whole(source)
-        return reply(found, headers={KV_BYTES: str(kv_bytes([used]))})
+            found, usage = await made.whole(source)
+        return reply(found, headers=_kv_bytes(usage))
 
     async def tokenize(self, call: HttpCall) -> Response:
         """The token ids of a prompt or a chat."""
@@ -263,13 +262,16 @@ class OpenAIRoutes:
         return source
 
 
-async def _replies(source: EventSource, number: int) -> list[pb.GenerateResponse]:
-    """The whole output of each prompt."""
-    wholes = [WholeReply() for _ in range(number)]
+async def _replies(
+    source: EventSource, number: int
+) -> tuple[list[pb.GenerateResponse], RunningUsage]:
+    """The whole output of each prompt, and what all have used."""
+    wholes, usage = [WholeReply() for _ in range(number)], RunningUsage()
     async for index, event in source:
         wholes[index].add(event)
-    return [whole.reply() for whole in wholes]
+        usage.note(index, event)
+    return [whole.reply() for whole in wholes], usage
 
 
-def _kv_bytes(generated: Sequence[pb.GenerateResponse]) -> dict[str, str]:
-    return {KV_BYTES: str(kv_bytes([found.usage for found in generated]))}
+def _kv_bytes(usage: RunningUsage) -> dict[str, str]:
+    return {KV_BYTES: str(usage.kv_bytes)}

@@ -12,7 +12,7 @@ from kvmesh.cluster.openai.call import EventSource
 from kvmesh.cluster.openai.chat import ChatBody
 from kvmesh.cluster.openai.finish import finish_of
 from kvmesh.cluster.openai.tokens import MIN_LOGPROB, ScoredToken, scored, shown
-from kvmesh.cluster.openai.usage import RunningUsage, TokenUsage, token_usage
+from kvmesh.cluster.openai.usage import RunningUsage, TokenUsage
 from kvmesh.v1 import kvmesh_pb2 as pb
 
 
@@ -112,7 +112,7 @@ class ChatChunk(msgspec.Struct):
     object: str = "chat.completion.chunk"
 
 
-def chat_reply(body: ChatBody, generated: pb.GenerateResponse) -> ChatReply:
+def chat_reply(body: ChatBody, generated: pb.GenerateResponse, usage: TokenUsage) -> ChatReply:
     choices = []
     for choice in generated.choices:
         finish = finish_of(choice)
@@ -139,7 +139,7 @@ def chat_reply(body: ChatBody, generated: pb.GenerateResponse) -> ChatReply:
         f"chatcmpl-{generated.request_id}",
         generated.model,
         choices,
-        token_usage([generated.usage]),
+        usage,
         int(time.time()),
     )
 

@@ -20,7 +20,7 @@ from kvmesh.cluster.openai.names import Renames
 from kvmesh.cluster.openai.sampling import GenerationBody, put
 from kvmesh.cluster.openai.structured import RENAMES, VLLM_RENAMES, ResponseFormat, add_format
 from kvmesh.cluster.openai.tokens import ScoredToken, TextOffsets, scored, shown
-from kvmesh.cluster.openai.usage import RunningUsage, TokenUsage, token_usage
+from kvmesh.cluster.openai.usage import RunningUsage, TokenUsage
 from kvmesh.v1 import kvmesh_pb2 as pb
 
 MAX_PROMPTS = 1024
@@ -198,6 +198,7 @@ def completion_reply(
     request_id: str,
     generated: Sequence[pb.GenerateResponse],
     echoes: Sequence[Echo],
+    usage: TokenUsage,
 ) -> CompletionReply:
     """generated, echoes: of each prompt"""
     choices = [
@@ -210,7 +211,7 @@ def completion_reply(
         generated[0].model,
         choices,
         int(time.time()),
-        token_usage([reply.usage for reply in generated]),
+        usage,
     )
 
 

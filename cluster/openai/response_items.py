@@ -10,7 +10,7 @@ import msgspec
 from kvmesh.cluster.openai.body import RequestBody
 from kvmesh.cluster.openai.chat_reply import ChatToken
 from kvmesh.cluster.openai.responses import ResponseBody
-from kvmesh.cluster.openai.usage import KVUsage, token_usage
+from kvmesh.cluster.openai.usage import CompletionDetails, KVUsage, TokenUsage
 from kvmesh.v1 import kvmesh_pb2 as pb
 
 
@@ -62,16 +62,12 @@ class InputDetails(msgspec.Struct):
     cache_write_tokens: int = 0
 
 
-class OutputDetails(msgspec.Struct):
-    reasoning_tokens: int = 0
-
-
 class ResponseUsage(msgspec.Struct):
     input_tokens: int
     output_tokens: int
     total_tokens: int
     input_tokens_details: InputDetails
-    output_tokens_details: OutputDetails
+    output_tokens_details: CompletionDetails | None
     kvmesh: KVUsage | msgspec.UnsetType
 
 
@@ -118,15 +114,15 @@ class ResponseReply(msgspec.Struct):
             if item.status == IN_PROGRESS:
                 item.status = self.status
 
-    def charge(self, used: pb.Usage) -> None:
+    def charge(self, found: TokenUsage) -> None:
         """Note what it has used."""
-        found = token_usage([used])
+        cached = found.prompt_tokens_details
         self.usage = ResponseUsage(
             found.prompt_tokens,
             found.completion_tokens,
             found.total_tokens,
-            InputDetails(used.cached_tokens),
-            OutputDetails(),
+            InputDetails(cached.cached_tokens if cached else 0),
+            found.completion_tokens_details,
             found.kvmesh,
         )
 

@@ -21,6 +21,7 @@ from kvmesh.cluster.openai.response_items import (
     new_response,
 )
 from kvmesh.cluster.openai.responses import ResponseBody
+from kvmesh.cluster.openai.usage import RunningUsage
 from kvmesh.v1 import kvmesh_pb2 as pb
 
 
@@ -54,6 +55,7 @@ class ResponseStream:
         self._body = body
         self._request_id = request_id
         self._sent = 0
+        self._usage = RunningUsage()
         self._response = new_response(body, request_id, body.model or "")
         self._open: OutputItem | None = None
         # Of the open item: adding to a long text would copy it.
@@ -67,18 +69,16 @@ class ResponseStream:
             for made in self._events(event):
                 yield sse.named(made.type, made)
 
-    async def whole(self, source: EventSource) -> tuple[ResponseReply, pb.Usage]:
+    async def whole(self, source: EventSource) -> tuple[ResponseReply, RunningUsage]:
         """What the stream ends with, and what it has used."""
-        used = pb.Usage()
         async for _, event in source:
-            if event.HasField("usage"):
-                used = event.usage
             for _ in self._events(event):
                 pass
-        return self._response, used
+        return self._response, self._usage
 
     def _events(self, event: pb.GenerateStreamResponse) -> Iterator[ResponseEvent]:
         """To be encoded one by one: each may hold what the next one changes."""
+        self._usage.note(0, event)
         match event.WhichOneof("event"):
             case "started":
                 self._response.model = event.started.model
@@ -99,7 +99,7 @@ class ResponseStream:
                 if last is not None:
                     yield from self._close(last)
             case "usage":
-                self._response.charge(event.usage)
+                self._response.charge(self._usage.final)
                 yield self._event(f"response.{self._response.status}", response=self._response)
 
     def _event(self, kind: str, about: OutputItem | None = None, **fields: object) -> ResponseEvent:

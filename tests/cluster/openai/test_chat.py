@@ -624,11 +624,14 @@ async def test_reasoning_and_tool_calls(server: HttpServer, contract: ScriptedCo
     async with server.client() as client:
         reply = await client.chat.completions.create(model="m", messages=HI, tools=[WEATHER])
         async with client.chat.completions.stream(
-            model="m", messages=HI, tools=[WEATHER]
+            model="m", messages=HI, tools=[WEATHER], stream_options={"include_usage": True}
         ) as stream:
-            chunks = [e.chunk.choices[0] async for e in stream if e.type == "chunk"]
+            chunks = [
+                e.chunk.choices[0] async for e in stream if e.type == "chunk" and e.chunk.choices
+            ]
             streamed = await stream.get_final_completion()
     for completion in (reply, streamed):
+        assert completion.usage.completion_tokens_details.reasoning_tokens == 2
         choice = completion.choices[0]
         assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
         assert choice.message.reasoning_content == "Hmm."

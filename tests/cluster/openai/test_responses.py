@@ -217,6 +217,7 @@ async def test_reasoning_and_calls_are_items(
             streamed = await stream.get_final_response()
     assert contract.requests[0].prompt.chat.tool_choice.mode == pb.ToolChoice.MODE_REQUIRED
     for response in (whole, streamed):
+        assert response.usage.output_tokens_details.reasoning_tokens == 3
         thought, message, *calls = response.output
         assert (thought.type, thought.content[0].text) == ("reasoning", "Hmm. ")
         assert message.content[0].text == response.output_text == "Let me see."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvmesh.cluster.openai.usage import RunningUsage, token_usage
+from kvmesh.cluster.openai.usage import ReasoningTokens, RunningUsage, token_usage
 from kvmesh.v1 import kvmesh_pb2 as pb
 
 FIRST = pb.Usage(
@@ -40,10 +40,12 @@ SECOND = pb.Usage(
 @pytest.mark.parametrize("parts", [[FIRST, SECOND], [SECOND, FIRST]])
 def test_what_is_used_adds_up_and_times_are_those_of_the_call(parts: list[pb.Usage]) -> None:
     """It waits until all have a place, has a token with the first, and ends with the last."""
-    usage = token_usage(parts)
+    usage = token_usage(parts, 3)
     assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (12, 6, 18)
     assert usage.prompt_tokens_details is not None
     assert usage.prompt_tokens_details.cached_tokens == 4
+    assert usage.completion_tokens_details is not None
+    assert usage.completion_tokens_details.reasoning_tokens == 3
     own = usage.kvmesh
     assert own
     assert (own.kv_reserved_bytes, own.kv_used_bytes) == (12288, 3072)
@@ -53,7 +55,7 @@ def test_what_is_used_adds_up_and_times_are_those_of_the_call(parts: list[pb.Usa
 
 
 def test_without_a_token_there_is_no_time_to_the_first() -> None:
-    own = token_usage([pb.Usage(group="engine-0")]).kvmesh
+    own = token_usage([pb.Usage(group="engine-0")], 0).kvmesh
     assert own and own.time_to_first_token_s is None
 
 
@@ -71,4 +73,35 @@ def test_a_running_call_has_used_what_was_announced_and_sent() -> None:
     assert running.so_far.prompt_tokens == 12
     for usage in (FIRST, SECOND):
         running.note(0, pb.GenerateStreamResponse(usage=usage))
-    assert running.final == token_usage([FIRST, SECOND])
+    assert running.final == token_usage([FIRST, SECOND], 0)
+
+
+@pytest.mark.parametrize(
+    ("shown", "count"),
+    [
+        ("rrt", 2),
+        ("_rr__tt", 5),  # within markers
+        ("_t_", 0),
+        ("t_r", 2),
+        ("t", 0),
+        ("rc_", 1),
+        ("mt", 1),  # the end of the reasoning, and the first text
+    ],
+)
+def test_tokens_of_reasoning_are_counted_by_choice(shown: str, count: int) -> None:
+    """_: nothing, r: reasoning, t: text, c: a call, m: reasoning and text"""
+    reasoning = ReasoningTokens()
+    for index in range(2):
+        for kind in shown:
+            for choice in range(2):
+                reasoning.note(
+                    index,
+                    pb.Delta(
+                        index=choice,
+                        token_ids=[1],
+                        reasoning="a" if kind in "rm" else "",
+                        text="b" if kind in "tm" else "",
+                        tool_calls=[pb.ToolCallDelta(name="f")] if kind == "c" else [],
+                    ),
+                )
+    assert reasoning.count == 4 * count
