@@ -247,9 +247,9 @@ class OpenAIRoutes:
             if ids:
                 # All of them only for their text.
                 wanted_ids = ids[:1] if text else ids
-                shown = await self._contract.questions.detokenize(
-                    pb.DetokenizeRequest(token_ids=wanted_ids, skip_special_tokens=True), tenant
-                )
+                skip = body.skip_special_tokens is not False
+                asked = pb.DetokenizeRequest(token_ids=wanted_ids, skip_special_tokens=skip)
+                shown = await self._contract.questions.detokenize(asked, tenant)
                 text = text or shown.text
                 first = shown.token_bytes[0] if body.logprobs is not None else None
         return Echo(text, first)

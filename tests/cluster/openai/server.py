@@ -129,7 +129,8 @@ class ScriptedContract:
     async def detokenize(self, request: pb.DetokenizeRequest, tenant: str) -> pb.DetokenizeResponse:
         """Each id is a letter; 0 is a special token."""
         self.requests.append(request)
-        pieces = [bytes([64 + i]) if i else b"" for i in request.token_ids]
+        special = b"" if request.skip_special_tokens else b"@"
+        pieces = [bytes([64 + i]) if i else special for i in request.token_ids]
         return pb.DetokenizeResponse(text=b"".join(pieces).decode(), token_bytes=pieces)
 
     async def get_model_info(

@@ -248,6 +248,16 @@ async def test_echo_without_log_probabilities(
         assert not contract.requests[-1].sampling_params.HasField("prompt_logprobs")
 
 
+@pytest.mark.parametrize(("skip", "begins"), [(None, "A"), (True, "A"), (False, "@A")])
+async def test_echo_has_special_tokens_if_the_output_has_them(
+    server: HttpServer, contract: ScriptedContract, skip: bool | None, begins: str
+) -> None:
+    contract.script = words("B")
+    body = {"prompt": [0, 1], "echo": True, "skip_special_tokens": skip}
+    reply = await server.post("/v1/completions", body)
+    assert reply.json()["choices"][0]["text"] == f"{begins}B"
+
+
 async def test_text_of_ids(server: HttpServer, contract: ScriptedContract) -> None:
     reply = await server.post("/detokenize", {"tokens": [1, 2]})
     assert reply.json() == {"prompt": "AB"}
