@@ -23,6 +23,7 @@ import numpy as np
 import tokenizers
 
 from benchmarks.device import conditions
+from kvmesh.cluster.routing.rolling import nearest_rank
 from kvmesh.workers.constraint import OutputConstraint
 from kvmesh.workers.executor import RankDescription
 from kvmesh.workers.structured import grammar
@@ -129,7 +130,7 @@ def measure(size: int, batches: tuple[int, ...] = BATCHES, steps: int = STEPS) -
                         "batch": batch,
                         "first_mask_ms": round(first_s * 1e3, 2),
                         "median_ms": round(statistics.median(times) * 1e3, 3),
-                        "p95_ms": round(times[int(0.95 * len(times))] * 1e3, 3),
+                        "p95_ms": round(times[nearest_rank(0.95, len(times))] * 1e3, 3),
                         "max_ms": round(times[-1] * 1e3, 2),
                     }
                 )

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 
 from sortedcontainers import SortedList
+
+
+def nearest_rank(share: float, count: int) -> int:
+    """Where in `count` values in order the one is that at least `share` of them do not exceed."""
+    # A product such as 0.07 * 100 is a little more than it should be.
+    return max(math.ceil(share * count - 1e-9), 1) - 1
 
 
 class RollingQuantile:
@@ -29,5 +36,4 @@ class RollingQuantile:
 
         Raises IndexError if there is none yet.
         """
-        count = len(self._by_value)
-        return self._by_value[min(count - 1, int(share * count))]
+        return self._by_value[nearest_rank(share, len(self._by_value))]

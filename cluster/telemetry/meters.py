@@ -12,6 +12,7 @@ from typing import Protocol
 
 from kvmesh.cluster.reports import ClusterStatus, EngineLatencies, LatencyStats
 from kvmesh.cluster.routing.outcome import TenantStatus
+from kvmesh.cluster.routing.rolling import nearest_rank
 from kvmesh.cluster.telemetry import table
 from kvmesh.cluster.telemetry.gpus import GpuUse
 from kvmesh.cluster.telemetry.table import Kind, Metric
@@ -281,7 +282,7 @@ def summarise(values: Sequence[float]) -> LatencyStats:
     ordered = sorted(values)
 
     def percentile(share: float) -> float:
-        return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
+        return ordered[nearest_rank(share, len(ordered))]
 
     return LatencyStats(
         count=len(ordered),
