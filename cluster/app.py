@@ -236,7 +236,14 @@ class IngressReplica:
         self._keys = asyncio.create_task(follow_keys(config.auth, authenticator, meters.keys))
         reception = Reception(authenticator.authenticate, config.ingress.max_streams)
         grpc_front.attach(GrpcFront(self._service, reception, limits, meters))
-        self._http = HttpFront(self._service, package_version(), reception, limits, meters)
+        self._http = HttpFront(
+            self._service,
+            package_version(),
+            reception,
+            limits,
+            meters,
+            config.ingress.allowed_origins,
+        )
         http_front.attach(self._http)
         self._service.start()
         settle()

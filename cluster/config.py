@@ -71,6 +71,13 @@ def _ipv4_host(host: str) -> str:
     return host
 
 
+def _origin(origin: str) -> str:
+    # A browser sends it without a path, and it is compared as a whole.
+    if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+        raise ValueError('must be like https://chat.example.com, without a path, or "*"')
+    return origin
+
+
 class EngineSection(EngineSettings):
     """One group's engine."""
 
@@ -126,6 +133,11 @@ class IngressSection(Settings):
     http_port: Port = Field(
         default=8000,
         description="HTTP port, of OpenAI's API and Ray Serve's health check; 0: any free one",
+    )
+    allowed_origins: tuple[Annotated[str, AfterValidator(_origin)], ...] = Field(
+        default=(),
+        description="Web pages that may call the HTTP API from a browser, by their origins, such "
+        'as https://chat.example.com; "*": all, which without keys lets any page use the models',
     )
     max_streams: WholeNumber = Field(
         default=1024, ge=1, description="Concurrent calls of one ingress process"

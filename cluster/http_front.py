@@ -1,5 +1,6 @@
 """OpenAI's HTTP API on the server that Ray Serve runs in an ingress replica.
 
+    a browser's question ──► answered, without a key
     headers ── unknown caller, too many calls, too large ──► error, and the body is never read
         │
         └── wait for a turn ──► read the body ──► openai/app.py ──► reply, or a stream
@@ -16,22 +17,25 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
 from kvmesh.cluster.ingress.refuse import refuse
 from kvmesh.cluster.ingress.validate import MAX_ID_CHARS, Limits, check_size
 from kvmesh.cluster.openai.app import CALL, KEYLESS, openai_app
-from kvmesh.cluster.openai.call import Contract, HttpCall
+from kvmesh.cluster.openai.call import KV_BYTES, Contract, HttpCall
 from kvmesh.cluster.reception import READ_TIMEOUT_S, Reception, report
 from kvmesh.cluster.telemetry.meters import IngressMeters
 from kvmesh.v1 import kvmesh_pb2 as pb
 
 REQUEST_ID = "x-request-id"
+# Headers of replies that scripts of web pages can read besides those of any page.
+SHOWN_TO_SCRIPTS = (REQUEST_ID, KV_BYTES, "retry-after", "retry-after-ms", "x-should-retry")
 SERVE_PATHS = "/-/"  # Serve's own health and routes
 
 Scope = MutableMapping[str, Any]
@@ -50,6 +54,7 @@ class HttpFront:
 
     contract: what serves the calls
     version: of the server
+    origins: of web pages whose scripts may call it; "*" for all
     """
 
     def __init__(
@@ -59,7 +64,18 @@ class HttpFront:
         reception: Reception,
         limits: Limits,
         meters: IngressMeters,
+        origins: Sequence[str] = (),
     ) -> None:
+        self._entry: Application = self._serve
+        if origins:
+            self._entry = CORSMiddleware(
+                self._serve,
+                allow_origins=origins,
+                allow_methods=("GET", "HEAD", "POST"),
+                allow_headers=("*",),
+                allow_private_network=True,
+                expose_headers=SHOWN_TO_SCRIPTS,
+            )
         self._app = openai_app(contract, version)
         self._paths = frozenset(
             route.path for route in self._app.routes if isinstance(route, Route)
@@ -69,6 +85,9 @@ class HttpFront:
         self._meters = meters
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._entry(scope, receive, send)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # the lifespan
             await self._app(scope, receive, send)
             return

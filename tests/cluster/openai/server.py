@@ -170,7 +170,10 @@ class HttpServer:
 
 @asynccontextmanager
 async def http_server(
-    contract: Contract, limits: Limits | None = None, tenants: Sequence[str] = (TENANT,)
+    contract: Contract,
+    limits: Limits | None = None,
+    tenants: Sequence[str] = (TENANT,),
+    origins: Sequence[str] = (),
 ) -> AsyncIterator[HttpServer]:
     keys = [KnownKey(hash_key(KEY), Caller(tenant)) for tenant in tenants]
     meters = SeenMeters()
@@ -180,6 +183,7 @@ async def http_server(
         Reception(Authenticator(keys).authenticate, MAX_CALLS),
         limits or Limits(max_request_bytes=MAX_BYTES),
         IngressMeters(meters, [TENANT]),
+        origins,
     )
     # Uvicorn's protocol without its server, whose clock has a tenth of a second.
     config = uvicorn.Config(front, log_config=None, access_log=False, lifespan="off")
