@@ -95,7 +95,7 @@ class RunningChoice:
         return len(self.token_ids) - self._num_resumed
 
     def _replay(self, resumed: ResumedChoice) -> None:
-        pieces = Pieces()
+        parts: list[Pieces] = []
         for token_id in resumed.token_ids:
             if self.finish is not None:
                 raise ResumeMismatchError(
@@ -103,7 +103,7 @@ class RunningChoice:
                     f"{len(resumed.token_ids)} tokens"
                 )
             stop_token = self._stop_token(token_id)
-            pieces.add(self._take(token_id, is_stop_token=stop_token))
+            parts.append(self._take(token_id, is_stop_token=stop_token))
             if stop_token and self.finish is None:
                 self.finish = ChoiceFinish(EndReason.STOP, stop_token_id=token_id)
             elif len(self.token_ids) >= self.params.max_tokens and self.finish is None:
@@ -112,9 +112,9 @@ class RunningChoice:
             # It ended for a reason that its tokens do not show, e.g. a deadline.
             self.finish = ChoiceFinish(EndReason.ABORT)
         if self.finish is not None:
-            pieces.add(self._rest())
+            parts.append(self._rest())
         try:
-            self._owed = pieces.without(
+            self._owed = Pieces.joined(parts).without(
                 resumed.reasoning_chars, resumed.text_chars, resumed.tool_arguments_chars
             )
         except ValueError as error:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 
@@ -29,6 +30,15 @@ class Pieces:
     def __bool__(self) -> bool:
         return bool(self.reasoning or self.text or self.calls)
 
+    @classmethod
+    def joined(cls, parts: Sequence[Pieces]) -> Pieces:
+        """Those of a long text: adding one by one copies what there is each time."""
+        return cls(
+            "".join([part.reasoning for part in parts]),
+            "".join([part.text for part in parts]),
+            [call for part in parts for call in part.calls],
+        )
+
     def add(self, other: Pieces) -> None:
         self.reasoning += other.reasoning
         self.text += other.text
@@ -36,13 +46,17 @@ class Pieces:
 
     def merged_calls(self) -> list[CallPiece]:
         """One piece for each call."""
-        found: dict[int, CallPiece] = {}
+        found: defaultdict[int, list[CallPiece]] = defaultdict(list)
         for piece in self.calls:
-            before = found.get(piece.index, CallPiece(piece.index))
-            found[piece.index] = CallPiece(
-                piece.index, before.name + piece.name, before.arguments + piece.arguments
+            found[piece.index].append(piece)
+        return [
+            CallPiece(
+                index,
+                "".join([piece.name for piece in pieces]),
+                "".join([piece.arguments for piece in pieces]),
             )
-        return list(found.values())
+            for index, pieces in found.items()
+        ]
 
     def without(
         self, reasoning_chars: int, text_chars: int, argument_chars: Iterable[int]

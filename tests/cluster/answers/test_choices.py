@@ -9,7 +9,7 @@ import pytest
 from kvmesh.cluster.errors import ResumeMismatchError
 from kvmesh.cluster.ingress import wire
 from kvmesh.cluster.ingress.answers.call_ids import call_id
-from kvmesh.cluster.ingress.answers.pieces import Pieces
+from kvmesh.cluster.ingress.answers.pieces import CallPiece, Pieces
 from kvmesh.cluster.ingress.answers.reader import AnswerForm
 from kvmesh.cluster.ingress.answers.syntaxes import SYNTAXES
 from kvmesh.cluster.ingress.choice import ChoiceOutput, RunningChoice
@@ -177,3 +177,18 @@ def test_ids_of_calls_are_the_same_on_every_ingress() -> None:
     short = call_id("t/r", SYNTAXES["mistral"], 0, 0)
     assert len(short) == 9
     assert short.isalnum()
+
+
+def test_pieces_of_a_long_output_are_joined_as_they_are_added() -> None:
+    parts = [
+        Pieces("Let"),
+        Pieces(" me", "A", [CallPiece(0, "look", "{")]),
+        Pieces(),
+        Pieces(text="B", calls=[CallPiece(0, "", "}"), CallPiece(1, "go"), CallPiece(0, "", " ")]),
+    ]
+    added = Pieces()
+    for part in parts:
+        added.add(part)
+    assert Pieces.joined(parts) == added
+    assert added.merged_calls() == [CallPiece(0, "look", "{} "), CallPiece(1, "go")]
+    assert not Pieces.joined([])
