@@ -96,13 +96,13 @@ class ModelCodec:
     ) -> None:
         self._tokenizer = Tokenizer.load(path)
         self._chat_timeout_s = chat_timeout_s
-        templates, special = self._tokenizer.chat_templates, (*self._tokenizer.special_tokens,)
+        templates = self._tokenizer.chat_templates
         self.form = ModelForm.of(
             templates.for_tools, self._tokenizer.special_tokens, tool_parser, reasoning_parser
         )
         # Apart, so that templates that requests bring do not delay other chats.
-        self._own = TemplateProcess(templates, special, chat_timeout_s)
-        self._given = TemplateProcess(templates, special, chat_timeout_s)
+        self._own = TemplateProcess(templates, chat_timeout_s)
+        self._given = TemplateProcess(templates, chat_timeout_s)
         self.chat_template_names = templates.names
         self.eos_token_ids = eos_token_ids(path)
         self.unused_token_ids = frozenset(unused_token_ids(path))

@@ -11,7 +11,7 @@ import pytest
 
 from kvmesh.workers.errors import InvalidFieldError
 from kvmesh.workers.model import template_process
-from kvmesh.workers.model.chat import ChatTemplates, Conversation
+from kvmesh.workers.model.chat import ChatTemplates, ControlTexts, Conversation
 from kvmesh.workers.model.template_process import TemplateProcess, TemplateTimeoutError
 
 MESSAGES: list[dict[str, Any]] = [{"role": "user", "content": "hello<|end|>"}]
@@ -20,8 +20,8 @@ SOURCE = "{{ bos_token }}{{ messages[0].content }}"
 
 @pytest.fixture(scope="module")
 def process() -> Iterator[TemplateProcess]:
-    templates = ChatTemplates({"default": SOURCE}, {"bos_token": "<s>"})
-    made = TemplateProcess(templates, ["<|end|>"], timeout_s=60.0)
+    templates = ChatTemplates({"default": SOURCE}, {"bos_token": "<s>"}, ControlTexts(("<|end|>",)))
+    made = TemplateProcess(templates, timeout_s=60.0)
     yield made
     made.close()
 
@@ -99,7 +99,7 @@ def test_a_large_chat_is_rendered(process: TemplateProcess) -> None:
 
 
 def test_a_child_ends_with_its_parent() -> None:
-    process = TemplateProcess(ChatTemplates({"default": SOURCE}, {"bos_token": ""}), [], 60.0)
+    process = TemplateProcess(ChatTemplates({"default": SOURCE}, {"bos_token": ""}), 60.0)
     assert process.render(Conversation(MESSAGES))
     child = process._child
     assert child is not None and child.stdin is not None

@@ -4,7 +4,7 @@ It has a sandbox, but no limit on time or memory: template_process.py has those.
 transformers is imported when the first chat is rendered, as it takes a second.
 
 The template belongs to the model, the messages to the user. A message that contains the
-text of a special token ("<|im_end|>") must not become that token, or it could speak in
+text of a control token ("<|im_end|>") must not become that token, or it could speak in
 another role's name. Such a text is replaced by a placeholder of private-use characters
 before the template is rendered. Afterwards the prompt is cut at the placeholders, and
 their texts are encoded as ordinary text.
@@ -33,10 +33,22 @@ MAX_TEMPLATE_CHARS = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class PromptPiece:
-    """A part of a prompt; literal: special tokens' texts in it are ordinary text."""
+    """A part of a prompt; literal: the texts of tokens in it are ordinary text."""
 
     text: str
     literal: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ControlTexts:
+    """Texts for which a tokenizer has control tokens.
+
+    special: of its special tokens
+    markers: of other added tokens, "<tool_call>" for instance; in DeepSeek's models those of roles
+    """
+
+    special: tuple[str, ...] = ()
+    markers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +83,18 @@ class ChatTemplates:
     """A model's templates, by name; one without a name is DEFAULT.
 
     variables: that all of them may read: bos_token, eos_token, ...
+    controls: of the model's tokenizer
     """
 
-    def __init__(self, sources: Mapping[str, str], variables: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        sources: Mapping[str, str],
+        variables: Mapping[str, Any],
+        controls: ControlTexts = ControlTexts(),
+    ) -> None:
         self._sources = dict(sources)
         self._variables = dict(variables)
+        self._controls = controls
         self._known: dict[str, ChatTemplate] = {}
 
     @property
@@ -88,19 +107,17 @@ class ChatTemplates:
         return self._sources.get(FOR_TOOLS, self._sources.get(DEFAULT))
 
     @property
-    def parts(self) -> tuple[dict[str, str], dict[str, Any]]:
+    def parts(self) -> tuple[dict[str, str], dict[str, Any], ControlTexts]:
         """What these were made of."""
-        return dict(self._sources), dict(self._variables)
+        return dict(self._sources), dict(self._variables), self._controls
 
-    def render(
-        self, chat: Conversation, add_generation_prompt: bool, special_tokens: Sequence[str]
-    ) -> list[PromptPiece]:
-        """The prompt in pieces; a single piece unless a message contains a special token's text.
+    def render(self, chat: Conversation, add_generation_prompt: bool) -> list[PromptPiece]:
+        """The prompt in pieces; a single piece unless a message contains a control token's text.
 
         Raises InvalidFieldError naming the part of the conversation, for instance `messages` with
         the template's own reason.
         """
-        return self._chosen(chat).render(chat, add_generation_prompt, special_tokens)
+        return self._chosen(chat).render(chat, add_generation_prompt)
 
     def _chosen(self, chat: Conversation) -> ChatTemplate:
         if chat.template:
@@ -110,11 +127,14 @@ class ChatTemplates:
                     f"must have at most {MAX_TEMPLATE_CHARS:,} characters, "
                     f"got {len(chat.template):,}",
                 )
-            return ChatTemplate(chat.template, self._variables, "")
+            return self._template(chat.template, "")
         name = self._name_for(chat)
         if name not in self._known:
-            self._known[name] = ChatTemplate(self._sources[name], self._variables, name)
+            self._known[name] = self._template(self._sources[name], name)
         return self._known[name]
+
+    def _template(self, source: str, name: str) -> ChatTemplate:
+        return ChatTemplate(source, self._variables, name, self._controls)
 
     def _name_for(self, chat: Conversation) -> str:
         offered = ", ".join(self._sources)
@@ -146,12 +166,22 @@ class ChatTemplate:
     """A Jinja template; `variables` are bos_token, eos_token, ...
 
     name: of one of the model's own, "" for one that a request has brought
+    controls: special tokens are its own to write, and so are the markers that it contains
     Compiled by the first use; raises InvalidFieldError then if that fails.
     """
 
-    def __init__(self, source: str, variables: Mapping[str, Any], name: str = DEFAULT) -> None:
+    def __init__(
+        self,
+        source: str,
+        variables: Mapping[str, Any],
+        name: str = DEFAULT,
+        controls: ControlTexts = ControlTexts(),
+    ) -> None:
         self._source = source
         self._variables = dict(variables)
+        written = (source, *map(str, variables.values()))
+        markers = (x for x in controls.markers if any(x in text for text in written))
+        self._controls = ControlTexts(controls.special, tuple(markers))
         self._is_given = not name
         self._label = f"the model's chat template {name!r}" if name else GIVEN_LABEL
         self._names: frozenset[str] | None = None
@@ -182,15 +212,13 @@ class ChatTemplate:
         self._names = names - own
         self._reads_parts = _reads_parts(tree)
 
-    def render(
-        self, chat: Conversation, add_generation_prompt: bool, special_tokens: Sequence[str]
-    ) -> list[PromptPiece]:
+    def render(self, chat: Conversation, add_generation_prompt: bool) -> list[PromptPiece]:
         """See ChatTemplates.render."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         self._check_names(chat)
-        guard = _Guard(special_tokens)
-        messages = [guard.protect(self._fitting(message)) for message in chat.messages]
+        guard = _Guard(self._controls)
+        messages = [guard.message(self._fitting(message)) for message in chat.messages]
         if chat.continue_final_message:
             _mark_end(messages[-1])
             add_generation_prompt = False
@@ -282,21 +310,33 @@ def _before_end(text: str) -> str:
 
 
 class _Guard:
-    """Replaces special tokens' texts by placeholders, and restores them."""
+    """Replaces control tokens' texts by placeholders, and restores them."""
 
-    def __init__(self, special_tokens: Sequence[str]) -> None:
-        # Longest first, so that no token matches as a shorter one that it begins with.
-        texts = sorted((*special_tokens, _OPEN, _CLOSE, _END.strip()), key=len, reverse=True)
-        self._pattern = re.compile("|".join(re.escape(text) for text in texts if text))
+    def __init__(self, controls: ControlTexts) -> None:
+        special = (*controls.special, _OPEN, _CLOSE, _END.strip())
+        self._special = _any_of(special)
+        self._all = _any_of((*special, *controls.markers))
         self._taken: list[str] = []
 
+    def message(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """Of the assistant's, markers stay: the model wrote them, and templates split it there."""
+        pattern = self._special if message.get("role") == "assistant" else self._all
+        found: dict[str, Any] = self._protect(message, pattern)
+        return found
+
     def protect(self, value: Any) -> Any:
+        return self._protect(value, self._all)
+
+    def _protect(self, value: Any, pattern: re.Pattern[str]) -> Any:
         if isinstance(value, str):
-            return self._pattern.sub(self._stand_in, value)
+            return pattern.sub(self._stand_in, value)
         if isinstance(value, Mapping):
-            return {self.protect(key): self.protect(item) for key, item in value.items()}
+            return {
+                self._protect(key, pattern): self._protect(item, pattern)
+                for key, item in value.items()
+            }
         if isinstance(value, (list, tuple)):
-            return [self.protect(item) for item in value]
+            return [self._protect(item, pattern) for item in value]
         return value
 
     def _stand_in(self, match: re.Match[str]) -> str:
@@ -314,3 +354,8 @@ class _Guard:
             if part:
                 pieces.append(PromptPiece(part, literal))
         return pieces
+
+
+def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
+    # Longest first, so that no token matches as a shorter one that it begins with.
+    return re.compile("|".join(map(re.escape, sorted(filter(None, texts), key=len, reverse=True))))

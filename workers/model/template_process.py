@@ -19,13 +19,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from typing import Any, BinaryIO
 
 import msgspec
 
 from kvmesh.workers.errors import InvalidFieldError
-from kvmesh.workers.model.chat import ChatTemplates, Conversation, PromptPiece
+from kvmesh.workers.model.chat import ChatTemplates, ControlTexts, Conversation, PromptPiece
 
 MEMORY_BYTES = 1 << 30
 MAX_RENDERED_CHARS = 1 << 26
@@ -41,7 +40,7 @@ class _Setup(msgspec.Struct, array_like=True):
 
     sources: dict[str, str]
     variables: dict[str, Any]
-    special_tokens: tuple[str, ...]
+    controls: ControlTexts
     timeout_s: float
 
 
@@ -68,13 +67,8 @@ class TemplateProcess:
     timeout_s: of a chat
     """
 
-    def __init__(
-        self,
-        templates: ChatTemplates,
-        special_tokens: Sequence[str],
-        timeout_s: float,
-    ) -> None:
-        setup = _Setup(*templates.parts, tuple(special_tokens), timeout_s)
+    def __init__(self, templates: ChatTemplates, timeout_s: float) -> None:
+        setup = _Setup(*templates.parts, timeout_s)
         self._setup = msgspec.msgpack.encode(setup)
         self._timeout_s = timeout_s
         self._child: subprocess.Popen[bytes] | None = None
@@ -156,28 +150,28 @@ def main() -> None:
     if first is None:
         return
     setup = msgspec.msgpack.decode(first, type=_Setup)
-    templates = ChatTemplates(setup.sources, setup.variables)
+    templates = ChatTemplates(setup.sources, setup.variables, setup.controls)
     # Import all that rendering needs before memory is limited.
     with contextlib.suppress(InvalidFieldError):
-        templates.render(Conversation([{"role": "user", "content": ""}]), True, ())
+        templates.render(Conversation([{"role": "user", "content": ""}]), True)
     _limit_memory()
     _write(target, b"")
     while (frame := _read(source)) is not None:
         signal.setitimer(signal.ITIMER_REAL, setup.timeout_s + _GRACE_S)
-        done = _render(templates, setup.special_tokens, frame)
+        done = _render(templates, frame)
         _write(target, msgspec.msgpack.encode(done))
         signal.setitimer(signal.ITIMER_REAL, 0)
         del frame, done
 
 
-def _render(templates: ChatTemplates, special_tokens: tuple[str, ...], frame: bytes) -> _Done:
+def _render(templates: ChatTemplates, frame: bytes) -> _Done:
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     given = False
     try:
         job = msgspec.msgpack.decode(frame, type=_Job)
         given = bool(job.chat.template)
-        pieces = templates.render(job.chat, job.add_generation_prompt, special_tokens)
+        pieces = templates.render(job.chat, job.add_generation_prompt)
     except InvalidFieldError as error:
         return _Done(field=error.field, message=error.message)
     except MemoryError:

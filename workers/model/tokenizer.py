@@ -6,6 +6,8 @@ prompts from the model's own Jinja template in a sandbox.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,7 +17,13 @@ import numpy as np
 from tokenizers import Tokenizer as RawTokenizer
 
 from kvmesh.workers.errors import ConfigError
-from kvmesh.workers.model.chat import DEFAULT, ChatTemplates, Conversation, PromptPiece
+from kvmesh.workers.model.chat import (
+    DEFAULT,
+    ChatTemplates,
+    ControlTexts,
+    Conversation,
+    PromptPiece,
+)
 from kvmesh.workers.model.detokenizer import DetokenizerStream
 from kvmesh.workers.model.facts import read_json
 from kvmesh.workers.model.long_text import PIECE_CHARS, encode_in_pieces
@@ -27,6 +35,9 @@ if TYPE_CHECKING:
 _MAX_COMPOSED = 4
 # What templates may read, as transformers names it.
 _TOKEN_NAMES = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+
+# What an added token looks like that is not only a frequent word or a run of spaces.
+_MARKER = re.compile(r"<.+>|\[.+\]").fullmatch
 
 
 class Tokenizer:
@@ -47,10 +58,9 @@ class Tokenizer:
         # A byte-level token's name has a character for each byte; normalisers may compose some.
         composed = 1 if raw.normalizer is None else _MAX_COMPOSED
         self.max_token_chars = composed * max(map(len, raw.get_vocab(with_added_tokens=True)))
+        added = raw.get_added_tokens_decoder()
         self.special_tokens: dict[str, int] = {
-            token.content: token_id
-            for token_id, token in raw.get_added_tokens_decoder().items()
-            if token.special
+            token.content: token_id for token_id, token in added.items() if token.special
         }
         self._special_texts = {token_id: text for text, token_id in self.special_tokens.items()}
         self._special_ids = frozenset(self._special_texts)
@@ -61,7 +71,9 @@ class Tokenizer:
         variables: dict[str, Any] = {name: text for name, text in texts.items() if text is not None}
         if isinstance(extra := config.get("additional_special_tokens"), list):
             variables["additional_special_tokens"] = [_token_text(token) for token in extra]
-        self.chat_templates = ChatTemplates(templates, variables)
+        markers = [x.content for x in added.values() if not x.special and _MARKER(x.content)]
+        controls = ControlTexts((*self.special_tokens,), tuple(markers))
+        self.chat_templates = ChatTemplates(templates, variables, controls)
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
@@ -106,15 +118,14 @@ class Tokenizer:
 
         add_generation_prompt: end where the model's answer begins
 
-        Text in a message cannot become a special token: the text of a special token is
-        encoded as ordinary text, separately from the rest of the prompt.
+        Text in a message cannot become a special token, nor a marker of the template: the text of
+        such a token is encoded as ordinary text, separately from the rest of the prompt.
         Raises InvalidFieldError naming the part of the conversation that the template refuses,
         or `messages` if there is none.
         """
         if not isinstance(chat, Conversation):
             chat = Conversation(chat)
-        names = tuple(self.special_tokens)
-        pieces = self.chat_templates.render(chat, add_generation_prompt, names)
+        pieces = self.chat_templates.render(chat, add_generation_prompt)
         ids: list[int] = self.encode_pieces(pieces).tolist()
         return ids
 
@@ -169,12 +180,12 @@ class Tokenizer:
         return _ids(self._raw, "a", add_special_tokens=True) != [*self._start_ids, *bare]
 
     def _literal_tokenizer(self) -> RawTokenizer:
-        """It takes the texts of special tokens for ordinary text."""
+        """It takes the texts of added tokens for ordinary text."""
         if self._literal is None:
-            # A copy, because other threads may be using the tokenizer with its setting.
-            literal = RawTokenizer.from_str(self._raw.to_str())
-            literal.encode_special_tokens = True
-            self._literal = literal
+            # Not by `encode_special_tokens`, which leaves out those that are not called special.
+            described = json.loads(self._raw.to_str())
+            described["added_tokens"] = []
+            self._literal = RawTokenizer.from_str(json.dumps(described))
         return self._literal
 
     def _token_id(self, text: str | None) -> int | None:
