@@ -593,6 +593,24 @@ def test_a_damaged_entry_is_made_again(
     assert models.get("key") == entry
 
 
+def test_ends_of_sequence_outside_the_vocabulary_are_ignored(
+    copy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = eos_token_ids(copy)
+    vocab_size = read_facts(copy).vocab_size
+    assert not caplog.records
+    ends = [2, vocab_size, 9999, -1]
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    assert eos_token_ids(copy) == before == read_facts(copy).eos_token_ids
+    assert "9999" in caplog.text
+    config = json.loads((copy / "tokenizer.json").read_text())
+    token = dict(config["added_tokens"][0], id=vocab_size + 1, content="<|past|>")
+    config["added_tokens"].append(token)
+    (copy / "tokenizer.json").write_text(json.dumps(config))
+    (copy / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|past|>"}))
+    assert eos_token_ids(copy) == (2,)
+
+
 def test_ids_beyond_the_tokenizer_and_within_it_are_known_as_unused(tmp_path: Path) -> None:
     make_small_tokenizer(tmp_path)
     make_small_model("LlamaForCausalLM", tmp_path, vocab_size=384)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,6 +26,8 @@ from kvmesh.workers.model.state_shape import StateShape
 from kvmesh.workers.model.tensors import TensorInfo, read_tensors
 from kvmesh.workers.model.text_part import text_tensors, wrapper_of
 from kvmesh.workers.rope_override import RopeOverride
+
+logger = logging.getLogger(__name__)
 
 NAME_FILE = "kvmesh.json"
 
@@ -278,13 +281,21 @@ def eos_token_ids(path: Path) -> tuple[int, ...]:
     """The end-of-sequence tokens of generation config, configuration and tokenizer together.
 
     path: a directory that has these; it needs no weights
+    Ids for which there are no logits are left out: the model cannot end with them.
     """
     config, ids = standard_keys(read_json(path / "config.json"), path), list[int]()
     if (path / "generation_config.json").exists():
         ids += _as_ids(read_json(path / "generation_config.json").get("eos_token_id"))
     ids = ids or _as_ids(config.get("eos_token_id"))
-    ids += _tokenizer_eos(path)
-    return tuple(dict.fromkeys(ids))
+    ids = list(dict.fromkeys([*ids, *_tokenizer_eos(path)]))
+    vocab_size = _positive(config, "vocab_size", path)
+    known = tuple(token_id for token_id in ids if 0 <= token_id < vocab_size)
+    if len(known) < len(ids):
+        logger.warning(
+            "%s: of its end-of-sequence tokens %s, those outside its vocabulary of %d are ignored",
+            *(path, ids, vocab_size),
+        )
+    return known
 
 
 def _as_ids(value: object) -> list[int]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from llguidance import LLTokenizer
 from llguidance._tokenizer import TokenizerWrapper
 
+from kvmesh.workers.errors import InvalidFieldError
 from kvmesh.workers.model.tokenizer import Tokenizer
 
 
@@ -43,7 +44,12 @@ class Vocabulary:
 
         Special tokens, ends of sequence, and ids beyond the tokenizer's are never text: of
         those a grammar allows the ends of sequence where it may end, and nothing else.
+        Raises InvalidFieldError for a model without an end of sequence.
         """
+        if not eos_token_ids:
+            raise InvalidFieldError(
+                "structured_output", "cannot be enforced: the model has no end-of-sequence token"
+            )
         tokenizer = Tokenizer.load(path)
         special = {*tokenizer.special_tokens.values(), *eos_token_ids}
         tokens = [_bytes_of(tokenizer, token_id) for token_id in range(size)]

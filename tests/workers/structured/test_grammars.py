@@ -50,6 +50,18 @@ def test_grammars_are_kept_while_they_are_used(monkeypatch: pytest.MonkeyPatch) 
     assert compiled[4:] == ["start: ("] * 2, "those that are none are not kept"
 
 
+def test_a_model_without_an_end_of_sequence_is_refused_grammars() -> None:
+    rank = replace(
+        MemoryExecutor(16, 0, 0, 40).describe()[0],
+        model_path=str(model_path()),
+        vocab_size=tokenizer().vocab_size,
+        eos_token_ids=(),
+    )
+    prepared = Grammars(rank).prepare(OutputConstraint("start: /a/"), [])
+    with pytest.raises(InvalidFieldError, match="no end-of-sequence token"):
+        prepared.result(60)
+
+
 def test_nobody_waits_for_the_grammar_of_a_sequence_that_has_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
