@@ -148,7 +148,8 @@ class RetryState:
     rng: random numbers for the jitter
     contact: of the client, for all of its calls
     deadline: on the transport's clock, or None; no wait extends past it
-    lost_at: when the server was lost, on that clock; None after the call has made progress
+    lost_at: when the server was lost, on that clock, later by the time for which it has answered
+        since; None after the call has made progress
     """
 
     policy: RetryPolicy
@@ -163,9 +164,21 @@ class RetryState:
         self.failures = 0
         self.lost_at = None
 
-    def delay_s(self, failure: RpcFailure, error: KVMeshError, now: float) -> float | None:
-        """Seconds to wait before the next attempt, or None to give up."""
+    def delay_s(
+        self,
+        failure: RpcFailure,
+        error: KVMeshError,
+        now: float,
+        answered_at: float | None = None,
+    ) -> float | None:
+        """Seconds to wait before the next attempt, or None to give up.
+
+        answered_at: when the failed attempt had its first answer, None if it had none
+        """
         self.failures += 1
+        if self.lost_at is not None and answered_at is not None:
+            # Not forgotten: a request at which the server fails again and again has an end.
+            self.lost_at += now - answered_at
         if error.reason is not None:  # it answers, if only that it is not ready
             self.contact.made = True
         if lost(failure) and self.lost_at is None:

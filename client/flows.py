@@ -113,11 +113,14 @@ def stream(
         request = state.request_to_send()
         if remaining_s is not None:
             request.timeout_s = remaining_s
+        answered_at: float | None = None
         try:
             limit_s = None if remaining_s is None else remaining_s + GRACE_S
             yield Open(request, limit_s, metadata)
             while (event := (yield Read())) is not None:
                 retry.contact.made = True
+                if answered_at is None:
+                    answered_at = yield Now()
                 if (found := state.feed(event)) is not None:
                     if isinstance(found, Delta | PromptLogprobs):
                         retry.progress()
@@ -129,13 +132,15 @@ def stream(
         except RpcFailure as failure:
             if state.ended:
                 return  # usage was received: nothing is missing
-            yield from _back_off(failure, retry)
+            yield from _back_off(failure, retry, answered_at)
 
 
-def _back_off(failure: RpcFailure, retry: RetryState) -> Generator[Any, Any, None]:
+def _back_off(
+    failure: RpcFailure, retry: RetryState, answered_at: float | None = None
+) -> Generator[Any, Any, None]:
     """Wait before the next attempt, or raise the failure's error."""
     error = error_of(failure)
-    wait_s = retry.delay_s(failure, error, (yield Now()))
+    wait_s = retry.delay_s(failure, error, (yield Now()), answered_at)
     if wait_s is None:
         raise error from None
     yield Sleep(wait_s)

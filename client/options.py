@@ -160,7 +160,8 @@ class RetryPolicy:
     - A lost server: it cannot be reached, is draining, is not ready, or its connection broke.
       The call waits for it to return, however many attempts that takes: as long as its timeout
       allows, or `max_outage_s` without one; `max_connect_s` if this server has never answered.
-      A stream that has output resumes where it stopped.
+      A stream that has output resumes where it stopped; for as long as it is answered, if only
+      that it waits, the server is not lost.
     - A refusal that may pass: no room (pool or queue), or an engine that was lost. The
       call gets `max_attempts`.
     Everything else fails at once: invalid fields, keys, models, requests that can never fit,

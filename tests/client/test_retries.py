@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -33,7 +33,8 @@ from kvmesh import (
     UnavailableError,
 )
 from kvmesh.client.failures import Contact, RetryState, error_of
-from kvmesh.client.flows import GRACE_S
+from kvmesh.client.flows import GRACE_S, Now, Open, Read, Sleep, stream
+from kvmesh.client.stream_state import StreamState
 from kvmesh.client.transport import RpcFailure
 from kvmesh.protos import pb
 from tests.client.servicer import ScriptedServicer, answering, far_away, reserved_port, serving
@@ -289,6 +290,52 @@ def test_each_outage_of_a_stream_has_its_own_limit() -> None:
     stream = client.generate_stream("hi")
     assert [delta.text for delta in stream] == ["a", " b", " c", ""]
     assert fake.server.slept_s == 36.0
+
+
+QUEUED = pb.GenerateStreamResponse(queued=pb.Queued())
+LOST = RpcFailure("UNAVAILABLE", "")
+
+
+def waits_of(state: StreamState, attempts: Iterable[tuple[float, float]]) -> int:
+    """How often a stream whose server only answers that it is queued waits to try again.
+
+    attempts: after how many seconds each answers, and after how many more it is lost
+    """
+    policy = RetryPolicy(initial_backoff_s=0.0, max_backoff_s=0.0, max_outage_s=120.0)
+    flow = stream(state, None, (), RetryState(policy, random.Random(0), Contact(True)))
+    clock, left, waits = 1000.0, iter(attempts), 0
+    answered = False
+    step = next(flow)
+    with contextlib.suppress(UnavailableError, StopIteration):
+        while True:
+            match step:
+                case Now():
+                    step = flow.send(clock)
+                case Open():
+                    silent_s, queued_s = next(left)
+                    answered = False
+                    step = flow.send(None)
+                case Read():
+                    clock += queued_s if answered else silent_s
+                    step = flow.throw(LOST) if answered else flow.send(QUEUED)
+                    answered = True
+                case Sleep():
+                    waits += 1
+                    step = flow.send(None)
+                case _:
+                    step = flow.send(None)
+    return waits
+
+
+@pytest.mark.parametrize("continues", [False, True], ids=["its own", "another's"])
+def test_the_time_that_a_stream_is_answered_is_no_outage(continues: bool) -> None:
+    state = StreamState(pb.GenerateRequest(), continues=continues)
+    assert waits_of(state, [(0.0, 500.0)] * 9) == 9
+
+
+def test_a_stream_that_its_server_answers_and_loses_has_an_end() -> None:
+    state = StreamState(pb.GenerateRequest())
+    assert waits_of(state, [(30.0, 1.0)] * 99) == 4
 
 
 async def test_the_async_client_waits_for_a_lost_server_too() -> None:
