@@ -34,6 +34,7 @@ from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.errors import EngineDrainingError, EngineError, WorkerDiedError
 from kvmesh.workers.executor import Executor
 from kvmesh.workers.leader import EngineLeader
+from kvmesh.workers.loads import EngineInfo
 from kvmesh.workers.request import EndReason, EngineRequest, SequenceDelta, TokenIds
 
 logger = logging.getLogger(__name__)
@@ -75,14 +76,15 @@ class EngineService:
 
     # Life
 
-    async def start(self) -> None:
+    async def start(self) -> EngineInfo:
         """Wait until the ranks have loaded, then serve; raises what kept them from it."""
-        await self.leader.start()
+        info = await self.leader.start()
         self._listener = await listen(
             self._host, self._identity, TO_ENGINE_FROM_INGRESS, lambda c: _Ingress(self, c)
         )
         gpus = Gpus([rank.gpu_uuid for rank in self._executor.describe()])
         self._account.start(self._find_router, self._identity, self._listener.address, gpus)
+        return info
 
     def check_health(self) -> None:
         """Raises EngineLostError when the engine has failed, or the router no longer hears of it.

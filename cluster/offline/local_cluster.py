@@ -73,9 +73,11 @@ class LocalCluster:
     progress: called with the step of the start, and the share of it that is done if known
     make_executor: called in a thread
     ingress: serves the calls of the contract, for the tenant TENANT
+    info: of the engine that was started last
     """
 
     ingress: IngressService
+    info: EngineInfo
 
     def __init__(
         self,
@@ -95,12 +97,6 @@ class LocalCluster:
         self._meters = _AnswerCount(_no_instrument)
         self._limits: set[asyncio.Timeout] = set()  # of the calls that run
         self._failed: Exception | None = None
-
-    @property
-    def info(self) -> EngineInfo:
-        """Of the engine that runs now."""
-        assert self._engine is not None
-        return self._engine.leader.account.info
 
     # Life
 
@@ -142,8 +138,9 @@ class LocalCluster:
             await loading
         finally:
             loading.cancel()
-        await self._ready()
+        # First, as an engine may fail before the router knows that it is there.
         self._tasks.append(asyncio.create_task(self._guard()))
+        await self._ready()
 
     async def _start_engine(self) -> None:
         """Load the model. Raises what keeps the engine from running."""
@@ -158,7 +155,7 @@ class LocalCluster:
             self._find_router,
         )
         try:
-            await service.start()
+            self.info = await service.start()
         except BaseException:
             # Its thread may still load, and is left to that: it ends with the process.
             await asyncio.to_thread(executor.close)
@@ -167,6 +164,7 @@ class LocalCluster:
 
     async def _ready(self) -> None:
         while not self.ingress.ready:
+            self._check()
             await asyncio.sleep(READY_POLL_S)
             await self.ingress.refresh()
 

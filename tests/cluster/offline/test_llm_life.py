@@ -17,11 +17,13 @@ from typing import Any, ClassVar
 import pytest
 
 from kvmesh import LLM, ClosedError, ServerError, UsageError
+from kvmesh.cluster.engine_service import EngineService
 from kvmesh.cluster.offline import llm as llm_module
 from kvmesh.cluster.offline import local_cluster as local_cluster_module
-from kvmesh.cluster.offline.local_cluster import LocalCluster
+from kvmesh.cluster.offline.local_cluster import EngineFailedError, LocalCluster
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.errors import ConfigError
+from kvmesh.workers.loads import EngineInfo
 from kvmesh.workers.local import InProcessExecutor
 from kvmesh.workers.plan import StepPlan
 from kvmesh.workers.rank import Rank
@@ -218,6 +220,28 @@ def test_engines_that_fail_in_vain_are_given_up_whatever_was_answered_before(
         monkeypatch.setattr(failing, "failing", range(1, 1000))
         errors = made.generate(["x"] * 20, max_tokens=3, on_error="return", timeout_s=120.0)
         assert "4 engines in a row have failed" in str(errors[-1])
+
+
+@pytest.mark.parametrize("failures", [1, 1000])
+def test_engines_that_fail_before_they_are_known_are_replaced_or_given_up(
+    failures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, start = iter(range(failures)), EngineService.start
+
+    async def start_and_fail(service: EngineService) -> EngineInfo:
+        info = await start(service)
+        if next(left, None) is not None:
+            service.leader.engine_failed(RuntimeError("a fault of the device"))
+        return info
+
+    monkeypatch.setattr(EngineService, "start", start_and_fail)
+    monkeypatch.setattr(local_cluster_module, "GUARD_PERIOD_S", 0.01)
+    if failures > 1:
+        with pytest.raises(EngineFailedError, match="4 engines in a row have failed: a fault of"):
+            tiny_llm()
+    else:
+        with tiny_llm() as made:
+            assert made.generate("x", max_tokens=1)
 
 
 def test_an_engine_that_does_not_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
