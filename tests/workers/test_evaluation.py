@@ -337,6 +337,14 @@ def test_a_harmful_format_causes_a_warning_or_is_refused(
     assert caught.value.field == "kv_format"
 
 
+@pytest.mark.parametrize("kv_probe", ["warn", "refuse"])
+def test_a_model_without_finite_logits_is_refused(kv_probe: str) -> None:
+    every = {fmt.name: math.nan for fmt in alternatives(get_format("int4"), 64, 64)}
+    with pytest.raises(ConfigError, match="its logits are not finite numbers") as caught:
+        checked("int4", kv_probe, {**every, "int4": math.nan})
+    assert caught.value.field == "model"
+
+
 def test_alternatives_are_ordered_by_bits() -> None:
     formats = alternatives(get_format("int8"), 64, 64)
     bits = [fmt.bits_per_element(64, 64) for fmt in formats]

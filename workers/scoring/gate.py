@@ -4,6 +4,7 @@ measure, this module decides."""
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -40,6 +41,7 @@ def check_format(
     """Apply `config.kv_probe`: if the format hurts, warn or raise ConfigError(kv_format).
 
     head_dim, values_in_keys: of the model, see `ModelFacts`
+    Raises ConfigError(model) if no format would help, as with damaged weights.
     """
     chosen = get_format(config.kv_format)
     if config.kv_probe == "off" or chosen.name == "exact":
@@ -48,6 +50,12 @@ def check_format(
     if kl_nats <= LIMIT_NATS:
         logger.info("KV format %s: mean KL %.4f nats from exact", chosen.name, kl_nats)
         return FormatCheck(kl_nats)
+    if not math.isfinite(kl_nats) and not math.isfinite(measure(["exact"])[0]):
+        raise ConfigError(
+            "model",
+            "its logits are not finite numbers on a short text, also with exact KV; check its "
+            "weights, and `dtype`",
+        )
     logger.info("KV format %s: mean KL %.3f nats; looking for one that fits", chosen.name, kl_nats)
     others = alternatives(chosen, config.page_size, head_dim, values_in_keys)
     advice = _advice(others, config, head_dim, measure)
