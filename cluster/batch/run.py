@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -165,13 +165,13 @@ class BatchRun:
         )
 
 
-def check_model(output: OutputFile, model: str) -> None:
-    """Raises BatchRunError if the file has answers of another model."""
+def check_model(output: OutputFile, models: Sequence[str]) -> None:
+    """Raises BatchRunError if the file has answers of another model than any of these."""
     before = output.answered.model
-    if before and before != model:
+    if before and before not in models:
         raise BatchRunError(
-            f"{output.target} has answers of {before}, and these would be of {model}; give another "
-            "--output"
+            f"{output.target} has answers of {before}, and these would be of "
+            f"{' or '.join(models)}; give another --output"
         )
 
 

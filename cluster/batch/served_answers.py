@@ -71,7 +71,7 @@ class ServedAnswers:
     ) -> None:
         await self._session.close()
 
-    async def model(self) -> str:
+    async def models(self) -> list[str]:
         """What the server serves. Raises BatchRunError if it is no such server."""
         url = f"{self._base}/v1/models"
         try:
@@ -83,9 +83,12 @@ class ServedAnswers:
             raise BatchRunError(f"{self._base} refuses the key: {_message(data)}")
         try:
             models: Any = msgspec.json.decode(data)["data"]
-            return str(models[0]["id"])
-        except (msgspec.DecodeError, UnicodeDecodeError, KeyError, IndexError, TypeError):
-            raise self._unreachable(f"GET {url} has status {status} and no models") from None
+            names = [str(model["id"]) for model in models]
+        except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError):
+            names = []
+        if not names:
+            raise self._unreachable(f"GET {url} has status {status} and no models")
+        return names
 
     async def answer(self, request: LineRequest) -> LineResponse:
         pause_s = self.pause_s

@@ -134,7 +134,7 @@ async def _answer_here(
         cluster = LocalCluster(config, steps)
         await cluster.start()
     try:
-        check_model(target, cluster.info.model)
+        check_model(target, [cluster.info.model])
         await batch.run(LocalAnswers(cluster), at_once or 2 * cluster.info.max_num_seqs)
     finally:
         await cluster.stop()
@@ -159,5 +159,5 @@ async def _answer_served(
         raise typer.BadParameter(f"there is no file {api_key_file}", param_hint="--api-key-file")
     key = key or resolve_api_key(None, urlsplit(base).hostname or "", os.environ)
     async with ServedAnswers(base, key) as answers:
-        check_model(target, await answers.model())
+        check_model(target, await answers.models())
         await batch.run(answers, at_once or SERVED_AT_ONCE)

@@ -85,7 +85,7 @@ async def test_a_file_is_answered_by_a_server(
             asking("d", body={"prompt": "p", "temperature": "hot"}),
         ]
     )
-    assert await answers.model() == MODEL
+    assert await answers.models() == [MODEL]
     with contextlib.closing(OutputFile(str(files.target))) as output:
         run = BatchRun(str(files.source), output)
         await run.run(answers, at_once=2)
@@ -258,18 +258,34 @@ async def test_a_connection_breaks_when_its_peer_is_gone(
     assert watched[0].getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 120_000
 
 
+@pytest.mark.parametrize("names", [[], ["a"], ["a", "b"]])
+async def test_a_server_may_have_several_models(names: list[str]) -> None:
+    async def reply(_: web.BaseRequest) -> web.Response:
+        return web.json_response({"data": [{"id": name} for name in names]})
+
+    async with (
+        RawTestServer(reply) as plain,
+        ServedAnswers(base_url(str(plain.make_url(""))), None) as answers,
+    ):
+        if names:
+            assert await answers.models() == names
+        else:
+            with pytest.raises(BatchRunError, match="status 200 and no models"):
+                await answers.models()
+
+
 async def test_what_is_no_such_server_is_named(server: HttpServer) -> None:
     async with ServedAnswers(base_url(server.url), "another-key") as answers:
-        for call in (answers.model(), answers.answer(request())):
+        for call in (answers.models(), answers.answer(request())):
             with pytest.raises(BatchRunError, match="refuses the key"):
                 await call
     async with ServedAnswers("http://127.0.0.1:1", None) as answers:
         with pytest.raises(BatchRunError, match="does not answer as OpenAI's API") as caught:
-            await answers.model()
+            await answers.models()
         assert caught.value.unreachable
     async with ServedAnswers(f"{server.url}/elsewhere", KEY) as answers:
         with pytest.raises(BatchRunError, match="status 404 and no models"):
-            await answers.model()
+            await answers.models()
 
 
 @pytest.mark.parametrize(
