@@ -152,9 +152,11 @@ class EngineMeters:
     def gpus(self, uses: Iterable[GpuUse]) -> None:
         for rank, use in enumerate(uses):
             where = {"rank": str(rank)}
-            self._meters.record(table.GPU_UTILIZATION, use.utilization, **where)
-            self._meters.record(table.GPU_MEMORY, use.used_bytes, **where, state="used")
-            self._meters.record(table.GPU_MEMORY, use.free_bytes, **where, state="free")
+            if use.utilization is not None:
+                self._meters.record(table.GPU_UTILIZATION, use.utilization, **where)
+            for state, count in (("used", use.used_bytes), ("free", use.free_bytes)):
+                if count is not None:
+                    self._meters.record(table.GPU_MEMORY, count, **where, state=state)
 
     def latencies(self) -> EngineLatencies:
         return EngineLatencies(

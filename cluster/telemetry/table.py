@@ -430,7 +430,7 @@ GPU_UTILIZATION = Metric(
     "kvmesh_gpu_utilization_ratio",
     GAUGE,
     "engine",
-    "Share of time in which a rank's GPU ran a kernel, 0 to 1; absent without NVML",
+    "Share of time in which a rank's GPU ran a kernel, 0 to 1; absent if NVML does not say it",
     unit="ratio",
     labels={**GROUP, "rank": "0 to ranks - 1"},
 )
@@ -438,7 +438,7 @@ GPU_MEMORY = Metric(
     "kvmesh_gpu_memory_bytes",
     GAUGE,
     "engine",
-    "Memory of a rank's GPU; absent without NVML",
+    "Memory of a rank's GPU; absent if NVML does not say it",
     unit="bytes",
     labels={**GROUP, "rank": "0 to ranks - 1", "state": "`used` or `free`"},
 )

@@ -7,6 +7,7 @@ import re
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -81,7 +82,9 @@ def test_totals_are_counted_by_what_they_gain() -> None:
 
 def test_gpus() -> None:
     seen = SeenMeters()
-    EngineMeters(seen, "g").gpus([GpuUse(0.5, 6, 4), GpuUse(1.0, 9, 1)])
+    EngineMeters(seen, "g").gpus([GpuUse(0.5, 6, 4), GpuUse(1.0, 9, 1), GpuUse(None, 7, 3)])
+    assert set(seen.values[table.GPU_UTILIZATION.name]) == {("g", "0"), ("g", "1")}
+    assert seen.of(table.GPU_MEMORY, "g", "2", "used") == 7
     assert seen.of(table.GPU_UTILIZATION, "g", "1") == 1.0
     assert seen.of(table.GPU_MEMORY, "g", "0", "free") == 4
 
@@ -97,28 +100,42 @@ def test_without_nvml_there_are_no_gpus(uuids: list[str], monkeypatch: pytest.Mo
     assert Gpus(uuids).read() == []
 
 
-def test_gpus_are_read_by_nvml_until_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_have_the_metrics_that_nvml_says(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     import pynvml
 
-    lost = False
+    missing: set[str] = {"handle of unknown"}
 
-    def memory(handle: str) -> SimpleNamespace:
-        if lost:
-            raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
-        return SimpleNamespace(used=6, free={"handle of GPU-a": 4, "handle of GPU-b": 3}[handle])
+    def handle_of(uuid: str) -> Any:
+        return say(f"handle of {uuid}", f"handle of {uuid}")
+
+    def say(what: str, value: Any) -> Any:
+        if what in missing:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return value
 
     monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: f"handle of {uuid}")
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", handle_of)
     monkeypatch.setattr(
-        pynvml, "nvmlDeviceGetUtilizationRates", lambda handle: SimpleNamespace(gpu=25)
+        pynvml,
+        "nvmlDeviceGetUtilizationRates",
+        lambda handle: say(f"rates by {handle}", SimpleNamespace(gpu=25)),
     )
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", memory)
-    gpus = Gpus(["GPU-a", "GPU-b"])
-    assert gpus.read() == [GpuUse(0.25, 6, 4), GpuUse(0.25, 6, 3)]
-    lost = True
-    assert gpus.read() == []
-    lost = False
-    assert gpus.read() == [], "one warning is enough"
+    monkeypatch.setattr(
+        pynvml,
+        "nvmlDeviceGetMemoryInfo",
+        lambda handle: say(f"memory by {handle}", SimpleNamespace(used=6, free=4)),
+    )
+    gpus = Gpus(["GPU-a", "unknown", "MIG-b", "MIG-b"])
+    whole, memory = GpuUse(0.25, 6, 4), GpuUse(None, 6, 4)
+    assert gpus.read() == [whole, GpuUse(), whole, whole]
+    missing |= {"rates by handle of MIG-b", "memory by handle of GPU-a"}
+    for _ in range(2):
+        assert gpus.read() == [GpuUse(0.25), GpuUse(), memory, memory]
+    assert len(caplog.records) == 3, "one warning for each"
+    missing.clear()
+    assert gpus.read() == [whole, GpuUse(), whole, whole]
 
 
 def test_tenants_have_no_metrics_unless_they_are_asked_for() -> None:
