@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,8 @@ _GGUF_NAMES = {
     "olmo3": "olmo2",
 }
 
+_TOKEN_TYPES = dict.fromkeys(range(3), gguf.TokenType.CONTROL)
+
 
 def make_small_gguf(
     file: Path,
@@ -219,6 +222,7 @@ def make_small_gguf(
     *,
     pieces: bool = False,
     pre: str = "gpt-2",
+    token_types: Mapping[int, gguf.TokenType] = _TOKEN_TYPES,
     **metadata: Any,
 ) -> Path:
     """The model in directory `source` as a GGUF file, including its tokenizer, as llama.cpp
@@ -227,6 +231,7 @@ def make_small_gguf(
     leave_out: name of a tensor; metadata: further keys, with __ for dots
     pieces: with a tokenizer of SentencePiece instead of the model's own
     pre: what llama.cpp calls the way in which text is split; none if empty
+    token_types: of tokens that are not normal ones, by id
     """
     model = transformers.AutoModelForCausalLM.from_pretrained(source)
     config = model.config
@@ -268,14 +273,15 @@ def make_small_gguf(
         if pre:
             writer.add_tokenizer_pre(pre)
         writer.add_token_list(sorted(raw["vocab"], key=raw["vocab"].__getitem__))
-        writer.add_token_types([3, 3, 3] + [1] * (len(raw["vocab"]) - 3))
+        ids = range(len(raw["vocab"]))
+        writer.add_token_types([token_types.get(number, gguf.TokenType.NORMAL) for number in ids])
         writer.add_token_merges([" ".join(pair) for pair in raw["merges"]])
         writer.add_bos_token_id(1)
         writer.add_eos_token_id(2)
     writer.add_chat_template(CHAT_TEMPLATE)
     for key, value in metadata.items():
-        add = writer.add_string if isinstance(value, str) else writer.add_uint32
-        add(key.replace("__", "."), value)
+        add = _GGUF_WRITERS[type(value)]
+        add(writer, key.replace("__", "."), value)
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(kinds[architecture], config.num_hidden_layers)
     for name, weight in model.state_dict().items():
@@ -306,6 +312,14 @@ def make_small_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return file
+
+
+_GGUF_WRITERS: dict[type, Any] = {
+    bool: gguf.GGUFWriter.add_bool,
+    int: gguf.GGUFWriter.add_uint32,
+    list: gguf.GGUFWriter.add_array,
+    str: gguf.GGUFWriter.add_string,
+}
 
 
 def _add_gguf_rope(writer: gguf.GGUFWriter, config: Any) -> None:

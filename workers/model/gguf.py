@@ -21,6 +21,7 @@ _MAGIC = b"GGUF"
 _BYTES_PER_GGUF_BYTE = 8  # float32 from 4-bit blocks
 _SHARD_BYTES = 4 << 30
 _FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+_UNREAD = frozenset({"tokenizer.ggml.merges", "tokenizer.ggml.scores"})  # large
 # Their norms multiply by 1 + weight, which is what the file has.
 _CENTRED_NORMS = frozenset({"gemma2", "gemma3"})
 
@@ -78,10 +79,7 @@ def _metadata(file: Path, reader: Any) -> GGUFMetadata:
 
     try:
         values = {
-            name: entry.contents()
-            for name, entry in reader.fields.items()
-            if not name.startswith("tokenizer.ggml.")
-            or name.endswith(("_token_id", ".model", ".pre"))
+            name: entry.contents() for name, entry in reader.fields.items() if name not in _UNREAD
         }
     except (ValueError, IndexError, KeyError) as error:
         raise ConfigError("model", f"{file} is not a complete GGUF file: {error}") from error

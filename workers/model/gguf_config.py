@@ -52,6 +52,11 @@ def _common(metadata: GGUFMetadata) -> Config:
         raise metadata.refused("it has no tensor token_embd.weight")
     config["vocab_size"] = metadata.shapes["token_embd.weight"][0]
     metadata.expect("vocab_size", config["vocab_size"], "vocabulary")
+    if len(metadata.tokens) > config["vocab_size"]:
+        raise metadata.refused(
+            f"its tokenizer has {len(metadata.tokens):,} tokens, but its vocabulary"
+            f" {config['vocab_size']:,}"
+        )
     config["tie_word_embeddings"] = "output.weight" not in metadata.shapes
     config |= {"eos_token_id": metadata.stop_tokens() or None, "pad_token_id": None}
     return config

@@ -10,6 +10,9 @@ import numpy as np
 
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 
+_CONTROL, _USER_DEFINED = 3, 4  # types of tokens
+_NAMED = ("bos", "eos", "eot", "unknown", "padding")
+
 # Values that say nothing.
 _NEUTRAL: tuple[object, ...] = (None, 0, 0.0, False, "", "none", [])
 
@@ -82,8 +85,25 @@ class GGUFMetadata:
         return None if found is None else [float(value) for value in found]
 
     def tokenizer(self, name: str) -> Any:
-        """A short value of the tokenizer, None if the file has none."""
+        """A value of the tokenizer, None if the file has none."""
         return self._all_values.get(f"tokenizer.ggml.{name}")
+
+    @property
+    def tokens(self) -> list[str]:
+        """All tokens as the file spells them, by id."""
+        return self.tokenizer("tokens") or []
+
+    def added_tokens(self) -> dict[int, bool]:
+        """Ids of the tokens that are found in a text before it is split, and which are special."""
+        kinds: list[int] = self.tokenizer("token_type") or []
+        found = {
+            number: kind == _CONTROL
+            for number, kind in enumerate(kinds)
+            if kind in (_CONTROL, _USER_DEFINED)
+        }
+        named = (self.tokenizer(f"{name}_token_id") for name in _NAMED)
+        found |= dict.fromkeys((number for number in named if number is not None), True)
+        return {number: found[number] for number in sorted(found) if self.tokens[number]}
 
     def stop_tokens(self) -> list[int]:
         """Tokens that end a sequence or a turn."""

@@ -2,19 +2,30 @@
 
 The file has the vocabulary and merges, but of the way in which text is split before them only a
 name, `tokenizer.ggml.pre`. transformers takes GPT-2's way for a name that it does not know.
+
+Its ids are the file's here. transformers spells some tokens otherwise, so that their names are
+tokens of their own with ids that the model does not have, and adds names that a file lacks.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from kvmesh.workers.model.gguf_metadata import GGUFMetadata
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as RawTokenizer
 
 _GPT2 = "gpt-2"
 _DIGITS_FIRST = "smollm"  # GPT-2's way between digits, which are alone
 
 # A word of the vocabulary is one token, whether merges make it or not.
 _WORDS_FIRST = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3"})
+
+_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def check_splitting(metadata: GGUFMetadata) -> None:
@@ -34,15 +45,70 @@ def check_splitting(metadata: GGUFMetadata) -> None:
 
 def convert_tokenizer(file: Path, metadata: GGUFMetadata, target: Path) -> None:
     """Save the tokenizer of `file` in directory `target`."""
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-    from transformers import PreTrainedTokenizerFast
+    from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
 
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(file.parent, gguf_file=file.name)
-    pre, backend = metadata.tokenizer("pre"), tokenizer.backend_tokenizer
+    architecture, parts, config = get_gguf_tokenizer(str(file))
+    rebuilt, _ = convert_gguf_tokenizer(architecture, parts)
+    raw = _with_ids_of(metadata, rebuilt)
+    _split(raw, metadata.tokenizer("pre"))
+    _begin_and_end(raw, config)
+    names = {name: config[name] for name in _NAMES if config[name] is not None}
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+    (target / "tokenizer.json").write_text(raw.to_str(pretty=True), encoding="utf-8")
+    (target / "tokenizer_config.json").write_text(json.dumps(about, indent=2))
+    if template := config.get("chat_template"):
+        (target / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def _with_ids_of(metadata: GGUFMetadata, rebuilt: RawTokenizer) -> RawTokenizer:
+    """The tokenizer with the file's tokens, each with its own id, and no others."""
+    from tokenizers import Tokenizer as RawTokenizer
+
+    content = json.loads(rebuilt.to_str())
+    tokens, model = metadata.tokens, content["model"]
+    texts = dict(enumerate(tokens)) | {number: text for text, number in model["vocab"].items()}
+    added = []
+    for number, special in metadata.added_tokens().items():
+        if metadata.tokenizer("model") == "gpt2":
+            texts[number] = tokens[number]
+        elif texts[number] != tokens[number]:  # Gemma's spaces, which merges make
+            continue
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        added.append({"id": number, "content": tokens[number], **flags, "special": special})
+    content["added_tokens"] = added
+    vocab = {text: number for number, text in texts.items()}
+    model["vocab"] = vocab
+    model["merges"] = [
+        [left, right]
+        for left, right in model["merges"]
+        if left in vocab and right in vocab and left + right in vocab
+    ]
+    return RawTokenizer.from_str(json.dumps(content))
+
+
+def _split(raw: RawTokenizer, pre: str | None) -> None:
+    """Do what transformers leaves out of llama.cpp's way of this name."""
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
     if pre in _WORDS_FIRST:
-        backend.model.ignore_merges = True
+        raw.model.ignore_merges = True
     if pre == _DIGITS_FIRST:
-        backend.pre_tokenizer = Sequence(
+        raw.pre_tokenizer = Sequence(
             [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
         )
-    tokenizer.save_pretrained(target)
+
+
+def _begin_and_end(raw: RawTokenizer, config: Mapping[str, Any]) -> None:
+    """Put the tokens before and after a text that the file asks for."""
+    from tokenizers.processors import TemplateProcessing
+
+    begin, end = (
+        [config[f"{side}_token"]]
+        if config.get(f"add_{side}_token") and config[f"{side}_token"] is not None
+        else []
+        for side in ("bos", "eos")
+    )
+    raw.post_processor = TemplateProcessing(
+        single=[*begin, "$A", *end],
+        special_tokens=[(name, raw.token_to_id(name)) for name in {*begin, *end}],
+    )
