@@ -373,6 +373,5 @@ def _add_pieces(writer: gguf.GGUFWriter, vocab_size: int) -> None:
     writer.add_token_types(types)
     writer.add_pad_token_id(0)
     writer.add_eos_token_id(1)
-    writer.add_eot_token_id(3)
     writer.add_bos_token_id(2)
     writer.add_add_bos_token(True)

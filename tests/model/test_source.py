@@ -252,6 +252,19 @@ def test_all_tokens_of_a_gguf_have_its_ids(copy: Path, tmp_path: Path) -> None:
     assert read_facts(path).unused_token_ids == ()
 
 
+def test_a_gguf_stops_at_every_token_that_ends_a_turn(copy: Path, tmp_path: Path) -> None:
+    """Whether its metadata names the token, one way or another, or it is known by its text."""
+    vocab = _rename(copy, {"<|endoftext|>": "<|stop|>", _last_token(copy): "<|eot_id|>"})
+    more = {"tokenizer__ggml__eos_token_ids": [2, 0], "tokenizer__ggml__eom_token_id": 1}
+    file = make_small_gguf(tmp_path / "a.gguf", copy, **more)
+    path = resolve_model(str(file), root=tmp_path / "store").path
+    ends = eos_token_ids(path)
+    assert ends == (2, 1, 0, vocab["<|eot_id|>"])
+    tokenizer = Tokenizer.load(path)
+    assert {*tokenizer.special_tokens.values()} == {*ends}
+    assert tokenizer.encode("a<|eot_id|>")[-1] == vocab["<|eot_id|>"]
+
+
 def test_a_gguf_with_more_tokens_than_its_model_is_refused(copy: Path, tmp_path: Path) -> None:
     make_small_model("LlamaForCausalLM", copy, vocab_size=319, num_hidden_layers=2)
     file = make_small_gguf(tmp_path / "a.gguf", copy)

@@ -11,7 +11,23 @@ import numpy as np
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 
 _CONTROL, _USER_DEFINED = 3, 4  # types of tokens
-_NAMED = ("bos", "eos", "eot", "unknown", "padding")
+# Tokens that end a turn. Converters often name only one in the metadata, so llama.cpp also looks
+# for them by their texts: these, of the architectures here. It also takes </s>, but to Gemma that
+# is ordinary text, and files of other models name it.
+_ENDS = frozenset(
+    {
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<end_of_turn>",
+        "<EOT>",
+        "<eos>",
+        "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    }
+)
 
 # Values that say nothing.
 _NEUTRAL: tuple[object, ...] = (None, 0, 0.0, False, "", "none", [])
@@ -101,13 +117,16 @@ class GGUFMetadata:
             for number, kind in enumerate(kinds)
             if kind in (_CONTROL, _USER_DEFINED)
         }
-        named = (self.tokenizer(f"{name}_token_id") for name in _NAMED)
-        found |= dict.fromkeys((number for number in named if number is not None), True)
+        named = (self.tokenizer(f"{name}_token_id") for name in ("bos", "unknown", "padding"))
+        special = [*self.stop_tokens(), *(number for number in named if number is not None)]
+        found |= dict.fromkeys(special, True)
         return {number: found[number] for number in sorted(found) if self.tokens[number]}
 
     def stop_tokens(self) -> list[int]:
         """Tokens that end a sequence or a turn."""
-        ids = (self.tokenizer(f"{end}_token_id") for end in ("eos", "eot"))
+        ids = [self.tokenizer(f"{end}_token_id") for end in ("eos", "eot", "eom")]
+        ids += self.tokenizer("eos_token_ids") or []  # as Ollama writes
+        ids += [number for number, text in enumerate(self.tokens) if text in _ENDS]
         return [*dict.fromkeys(int(i) for i in ids if i is not None)]
 
     def check_all_read(self) -> None:
