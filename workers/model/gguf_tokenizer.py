@@ -22,8 +22,21 @@ if TYPE_CHECKING:
 _GPT2 = "gpt-2"
 _DIGITS_FIRST = "smollm"  # GPT-2's way between digits, which are alone
 
-# A word of the vocabulary is one token, whether merges make it or not.
-_WORDS_FIRST = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3"})
+# To llama.cpp, a word of the vocabulary is one token in these, whether merges make it or not.
+_WORDS_FIRST = frozenset(
+    {
+        "falcon-h1",
+        "falcon3",
+        "jina-v5-nano",
+        "lfm2",
+        "llama-bpe",
+        "llama-v3",
+        "llama3",
+        "midm-2.0",
+        "pixtral",
+        "tekken",
+    }
+)
 
 _NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
