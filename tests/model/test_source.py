@@ -206,6 +206,48 @@ def test_a_gguf_with_pieces_keeps_its_tokens(tmp_path: Path) -> None:
     assert tokenizer.decode(ids[1:-1]) == "a the é"
 
 
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Phi3ForCausalLM"])
+def test_a_gguf_says_whether_a_space_is_added(tmp_path: Path, architecture: str) -> None:
+    source = tmp_path / "source"
+    vocab_size = make_small_tokenizer(source)
+    sizes = {"vocab_size": vocab_size, "original_max_position_embeddings": 256}
+    make_small_model(architecture, source, num_hidden_layers=1, **sizes)
+    space, the = 4 + 256, 4 + 256 + 29
+    for added in (True, False):
+        file = make_small_gguf(
+            tmp_path / f"{added}.gguf",
+            source,
+            pieces=True,
+            tokenizer__ggml__add_space_prefix=added,
+        )
+        path = resolve_model(str(file), root=tmp_path / "store").path
+        tokenizer = Tokenizer.load(path)
+        ids = tokenizer.encode("a the  b", add_special_tokens=False)
+        assert list(ids) == [space] * added + [space + 1, the, space, space, space + 2]
+        assert tokenizer.decode(ids) == "a the  b"
+        assert tokenizer.token_bytes(the) == b" the"
+
+
+@pytest.mark.parametrize(
+    ("pre", "added", "begin"),
+    [
+        ("llama-bpe", None, [1]),
+        ("tekken", None, [1]),
+        ("llama-bpe", False, []),
+        ("gpt-2", None, []),
+        ("gpt-2", True, [1]),
+    ],
+)
+def test_text_of_a_gguf_begins_as_it_says_or_llama_cpp_knows(
+    copy: Path, tmp_path: Path, pre: str, added: bool | None, begin: list[int]
+) -> None:
+    said = {} if added is None else {"tokenizer__ggml__add_bos_token": added}
+    file = make_small_gguf(tmp_path / "a.gguf", copy, pre=pre, **said)
+    tokenizer = Tokenizer.load(resolve_model(str(file), root=tmp_path / "store").path)
+    letter = tokenizer.encode("a", add_special_tokens=False)
+    assert tokenizer.encode("a") == [*begin, *letter]
+
+
 def _rename(directory: Path, renamed: Mapping[str, str]) -> dict[str, int]:
     """Tokens of the tokenizer in `directory`, which no merge makes then; returns its vocabulary."""
     file = directory / "tokenizer.json"

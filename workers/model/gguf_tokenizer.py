@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 _GPT2 = "gpt-2"
 _DIGITS_FIRST = "smollm"  # GPT-2's way between digits, which are alone
 
-# To llama.cpp, a word of the vocabulary is one token in these, whether merges make it or not.
+# To llama.cpp, a word of the vocabulary is one token in these, whether merges make it or not, and
+# texts begin with BOS if the file does not say.
 _WORDS_FIRST = frozenset(
     {
         "falcon-h1",
@@ -63,8 +64,11 @@ def convert_tokenizer(file: Path, metadata: GGUFMetadata, target: Path) -> None:
     architecture, parts, config = get_gguf_tokenizer(str(file))
     rebuilt, _ = convert_gguf_tokenizer(architecture, parts)
     raw = _with_ids_of(metadata, rebuilt)
-    _split(raw, metadata.tokenizer("pre"))
-    _begin_and_end(raw, config)
+    pre = metadata.tokenizer("pre")
+    _split(raw, pre)
+    if metadata.tokenizer("model") == "llama" and metadata.tokenizer("add_space_prefix") is False:
+        _add_no_space(raw)
+    _begin_and_end(raw, {"add_bos_token": pre in _WORDS_FIRST, **config})
     names = {name: config[name] for name in _NAMES if config[name] is not None}
     about = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
     (target / "tokenizer.json").write_text(raw.to_str(pretty=True), encoding="utf-8")
@@ -109,6 +113,17 @@ def _split(raw: RawTokenizer, pre: str | None) -> None:
         raw.pre_tokenizer = Sequence(
             [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
         )
+
+
+def _add_no_space(raw: RawTokenizer) -> None:
+    """Have pieces of a text without a space before it, which transformers always adds."""
+    from tokenizers import decoders, normalizers
+
+    raw.normalizer = normalizers.Replace(" ", "\u2581")
+    raw.pre_tokenizer = None
+    raw.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
 
 
 def _begin_and_end(raw: RawTokenizer, config: Mapping[str, Any]) -> None:
