@@ -204,6 +204,10 @@ def test_a_gguf_with_pieces_keeps_its_tokens(tmp_path: Path) -> None:
     byte, letter = 4, 4 + 256 + 1
     assert list(ids) == [2, letter, letter + 28, letter - 1, byte + 0xC3, byte + 0xA9, 3]
     assert tokenizer.decode(ids[1:-1]) == "a the é"
+    used = letter + 29
+    assert read_facts(path).unused_token_ids == tuple(range(used, vocab_size))
+    assert tokenizer.token_bytes(used) == b""
+    assert not {used, used + 1} & {*tokenizer.encode(f"<unused{used}>")}
 
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Phi3ForCausalLM"])
@@ -241,7 +245,7 @@ def test_a_gguf_says_whether_a_space_is_added(tmp_path: Path, architecture: str)
 def test_text_of_a_gguf_begins_as_it_says_or_llama_cpp_knows(
     copy: Path, tmp_path: Path, pre: str, added: bool | None, begin: list[int]
 ) -> None:
-    said = {} if added is None else {"tokenizer__ggml__add_bos_token": added}
+    said: dict[str, Any] = {} if added is None else {"tokenizer__ggml__add_bos_token": added}
     file = make_small_gguf(tmp_path / "a.gguf", copy, pre=pre, **said)
     tokenizer = Tokenizer.load(resolve_model(str(file), root=tmp_path / "store").path)
     letter = tokenizer.encode("a", add_special_tokens=False)
@@ -305,6 +309,23 @@ def test_a_gguf_stops_at_every_token_that_ends_a_turn(copy: Path, tmp_path: Path
     tokenizer = Tokenizer.load(path)
     assert {*tokenizer.special_tokens.values()} == {*ends}
     assert tokenizer.encode("a<|eot_id|>")[-1] == vocab["<|eot_id|>"]
+
+
+def test_padding_of_a_gguf_is_not_its_text(copy: Path, tmp_path: Path) -> None:
+    """Nor is a token before the end that is not used, with the merge that makes it."""
+    vocab = _rename(copy, {_last_token(copy): "[PAD319]"})
+    types = dict.fromkeys(range(3), gguf.TokenType.CONTROL)
+    types |= dict.fromkeys((317, 319), gguf.TokenType.UNUSED)
+    file = make_small_gguf(tmp_path / "a.gguf", copy, token_types=types)
+    path = resolve_model(str(file), root=tmp_path / "store").path
+    assert read_facts(path).unused_token_ids == (317, 319)
+    tokenizer = Tokenizer.load(path)
+    (word,) = (text for text, number in vocab.items() if number == 317)
+    spelled = word.replace("Ġ", " ")
+    assert 317 in Tokenizer.load(copy).encode(spelled)
+    assert tokenizer.decode(ids := tokenizer.encode(spelled)) == spelled
+    assert 317 not in ids
+    assert tokenizer.token_bytes(319) == b""
 
 
 def test_a_gguf_with_more_tokens_than_its_model_is_refused(copy: Path, tmp_path: Path) -> None:

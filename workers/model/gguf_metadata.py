@@ -10,7 +10,7 @@ import numpy as np
 
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 
-_CONTROL, _USER_DEFINED = 3, 4  # types of tokens
+_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # types of tokens
 # Tokens that end a turn. Converters often name only one in the metadata, so llama.cpp also looks
 # for them by their texts: these, of the architectures here. It also takes </s>, but to Gemma that
 # is ordinary text, and files of other models name it.
@@ -111,16 +111,24 @@ class GGUFMetadata:
 
     def added_tokens(self) -> dict[int, bool]:
         """Ids of the tokens that are found in a text before it is split, and which are special."""
-        kinds: list[int] = self.tokenizer("token_type") or []
         found = {
             number: kind == _CONTROL
-            for number, kind in enumerate(kinds)
+            for number, kind in enumerate(self._token_types)
             if kind in (_CONTROL, _USER_DEFINED)
         }
         named = (self.tokenizer(f"{name}_token_id") for name in ("bos", "unknown", "padding"))
         special = [*self.stop_tokens(), *(number for number in named if number is not None)]
         found |= dict.fromkeys(special, True)
         return {number: found[number] for number in sorted(found) if self.tokens[number]}
+
+    def unused_tokens(self) -> set[int]:
+        """Ids that are only there to make the vocabulary as wide as the model's."""
+        kinds = enumerate(self._token_types)
+        return {number for number, kind in kinds if kind == _UNUSED} - self.added_tokens().keys()
+
+    @property
+    def _token_types(self) -> list[int]:
+        return self.tokenizer("token_type") or []
 
     def stop_tokens(self) -> list[int]:
         """Tokens that end a sequence or a turn."""

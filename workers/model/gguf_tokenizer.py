@@ -78,7 +78,7 @@ def convert_tokenizer(file: Path, metadata: GGUFMetadata, target: Path) -> None:
 
 
 def _with_ids_of(metadata: GGUFMetadata, rebuilt: RawTokenizer) -> RawTokenizer:
-    """The tokenizer with the file's tokens, each with its own id, and no others."""
+    """The tokenizer with the file's tokens that are used, each with its own id, and no others."""
     from tokenizers import Tokenizer as RawTokenizer
 
     content = json.loads(rebuilt.to_str())
@@ -93,7 +93,8 @@ def _with_ids_of(metadata: GGUFMetadata, rebuilt: RawTokenizer) -> RawTokenizer:
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         added.append({"id": number, "content": tokens[number], **flags, "special": special})
     content["added_tokens"] = added
-    vocab = {text: number for number, text in texts.items()}
+    unused = metadata.unused_tokens()
+    vocab = {text: number for number, text in texts.items() if number not in unused}
     model["vocab"] = vocab
     model["merges"] = [
         [left, right]
