@@ -223,6 +223,7 @@ def make_small_gguf(
     pieces: bool = False,
     pre: str = "gpt-2",
     token_types: Mapping[int, gguf.TokenType] = _TOKEN_TYPES,
+    weights: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     **metadata: Any,
 ) -> Path:
     """The model in directory `source` as a GGUF file, including its tokenizer, as llama.cpp
@@ -232,6 +233,7 @@ def make_small_gguf(
     pieces: with a tokenizer of SentencePiece instead of the model's own
     pre: what llama.cpp calls the way in which text is split; none if empty
     token_types: of tokens that are not normal ones, by id
+    weights: how matrices are stored
     """
     model = transformers.AutoModelForCausalLM.from_pretrained(source)
     config = model.config
@@ -306,7 +308,8 @@ def make_small_gguf(
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         assert gguf_name is not None
-        writer.add_tensor(gguf_name, array.copy())
+        kind = weights if array.ndim == 2 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(gguf_name, gguf.quantize(array, kind).copy(), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

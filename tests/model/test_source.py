@@ -17,6 +17,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -24,6 +25,7 @@ from kvmesh.cluster.cli.commands import app
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 from kvmesh.workers.model import embedded, store
 from kvmesh.workers.model.facts import eos_token_ids, read_facts
+from kvmesh.workers.model.gguf import check_gguf
 from kvmesh.workers.model.load import load_model
 from kvmesh.workers.model.source import ModelFiles, resolve_model, resolve_tokenizer
 from kvmesh.workers.model.store import ModelStore
@@ -214,7 +216,7 @@ def test_a_gguf_with_pieces_keeps_its_tokens(tmp_path: Path) -> None:
 def test_a_gguf_says_whether_a_space_is_added(tmp_path: Path, architecture: str) -> None:
     source = tmp_path / "source"
     vocab_size = make_small_tokenizer(source)
-    sizes = {"vocab_size": vocab_size, "original_max_position_embeddings": 256}
+    sizes: dict[str, Any] = {"vocab_size": vocab_size, "original_max_position_embeddings": 256}
     make_small_model(architecture, source, num_hidden_layers=1, **sizes)
     space, the = 4 + 256, 4 + 256 + 29
     for added in (True, False):
@@ -301,6 +303,7 @@ def test_all_tokens_of_a_gguf_have_its_ids(copy: Path, tmp_path: Path) -> None:
 def test_a_gguf_stops_at_every_token_that_ends_a_turn(copy: Path, tmp_path: Path) -> None:
     """Whether its metadata names the token, one way or another, or it is known by its text."""
     vocab = _rename(copy, {"<|endoftext|>": "<|stop|>", _last_token(copy): "<|eot_id|>"})
+    more: dict[str, Any]
     more = {"tokenizer__ggml__eos_token_ids": [2, 0], "tokenizer__ggml__eom_token_id": 1}
     file = make_small_gguf(tmp_path / "a.gguf", copy, **more)
     path = resolve_model(str(file), root=tmp_path / "store").path
@@ -411,6 +414,40 @@ def test_a_gguf_without_all_its_weights_is_refused(llama: Path, tmp_path: Path) 
     with pytest.raises(UnsupportedModelError, match=r"layers\.1\.mlp\.up_proj"):
         resolve_model(str(file), root=tmp_path / "store")
     assert [path for path in (tmp_path / "store").iterdir() if path.is_dir()] == []
+
+
+def test_the_room_that_a_gguf_needs_is_known_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights of less than 2 bits become 19 times as large."""
+    source = tmp_path / "source"
+    vocab_size = make_small_tokenizer(source)
+    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 1024}
+    make_small_model("LlamaForCausalLM", source, vocab_size=vocab_size, **sizes)
+    bits = gguf.GGMLQuantizationType.TQ1_0
+    file = make_small_gguf(tmp_path / "a.gguf", source, weights=bits)
+    needed = check_gguf(file)
+    free = needed - 1
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
+    with pytest.raises(ConfigError, match=f"needs {needed:,} bytes"):
+        resolve_model(str(file), root=tmp_path / "store")
+    free = needed
+    path = resolve_model(str(file), root=tmp_path / "store").path
+    written = sum(each.stat().st_size for each in path.iterdir())
+    assert 8 * file.stat().st_size < written <= needed
+
+
+def test_a_disk_that_fills_during_a_conversion_is_named(
+    gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save_file(*_: Any, **__: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.numpy.save_file", save_file)
+    with pytest.raises(ConfigError, match=r"store: .*No space left"):
+        resolve_model(str(gguf_file), root=tmp_path / "store")
+    assert [path for path in tmp_path.glob("store/*") if path.is_dir()] == []
 
 
 def test_a_truncated_gguf_is_named(gguf_file: Path, tmp_path: Path) -> None:

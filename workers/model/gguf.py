@@ -7,6 +7,7 @@ stored in float32, which represents the dequantised values exactly.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from kvmesh.workers.model.gguf_metadata import GGUFMetadata
 from kvmesh.workers.model.gguf_tokenizer import check_splitting, convert_tokenizer
 
 _MAGIC = b"GGUF"
-_BYTES_PER_GGUF_BYTE = 8  # float32 from 4-bit blocks
+_WEIGHT_BYTES = 4  # float32
+_OTHER_BYTES = 64 << 20  # more than the tokenizer of any model takes
 _SHARD_BYTES = 4 << 30
 _FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _UNREAD = frozenset({"tokenizer.ggml.merges", "tokenizer.ggml.scores"})  # large
@@ -32,18 +34,16 @@ def is_gguf(file: Path) -> bool:
         return stream.read(4) == _MAGIC
 
 
-def converted_bytes(file: Path) -> int:
-    """An upper bound of what the conversion of `file` writes."""
-    return file.stat().st_size * _BYTES_PER_GGUF_BYTE
-
-
-def check_gguf(file: Path) -> dict[str, Any]:
-    """The config.json of the model in `file`.
+def check_gguf(file: Path) -> int:
+    """An upper bound of the bytes that the conversion of `file` writes.
 
     Raises UnsupportedModelError for a file whose conversion would lose something or was never
     checked, ConfigError naming a file that is malformed.
     """
-    return _config(_metadata(file, _read(file)))
+    metadata = _metadata(file, _read(file))
+    _config(metadata)
+    weights = sum(math.prod(shape) for shape in metadata.shapes.values())
+    return weights * _WEIGHT_BYTES + _OTHER_BYTES
 
 
 def convert_gguf(file: Path, target: Path) -> None:
@@ -165,13 +165,22 @@ def _halves(array: Any, heads: int) -> Any:
 
 
 def _save(tensors: Iterator[tuple[str, Any]], target: Path) -> None:
-    """Write safetensors files of limited size, so that memory holds no more than one."""
+    """Write safetensors files of limited size, so that memory holds no more than one.
+
+    Raises ConfigError if the disk is full.
+    """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     files: dict[str, str] = {}
     for number, shard in enumerate(_shards(tensors), start=1):
         file = f"model-{number:05}.safetensors"
-        save_file(shard, target / file, metadata={"format": "pt"})
+        try:
+            save_file(shard, target / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # also for the system's errors
+            raise ConfigError(
+                "model", f"the converted weights cannot be written to {target.parent}: {error}"
+            ) from error
         files |= dict.fromkeys(shard, file)
     index = {"metadata": {}, "weight_map": files}
     (target / "model.safetensors.index.json").write_text(json.dumps(index))

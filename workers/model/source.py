@@ -16,7 +16,7 @@ from kvmesh.workers.model.embedded import (
     needed_bytes,
 )
 from kvmesh.workers.model.facts import read_facts, sample_digest
-from kvmesh.workers.model.gguf import check_gguf, convert_gguf, converted_bytes, is_gguf
+from kvmesh.workers.model.gguf import check_gguf, convert_gguf, is_gguf
 from kvmesh.workers.model.hub import HubModel
 from kvmesh.workers.model.store import ModelStore, default_root, installed_root
 from kvmesh.workers.rope_override import RopeOverride
@@ -126,6 +126,5 @@ def _gguf(file: Path, store: ModelStore, report: Progress) -> Path:
 
     directory = store.get(key)
     if directory is None:
-        check_gguf(file)
-        directory = store.make(key, file.stem, fill, converted_bytes(file))
+        directory = store.make(key, file.stem, fill, check_gguf(file))
     return directory
