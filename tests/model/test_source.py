@@ -569,6 +569,10 @@ def _spoil_pickle(path: Path) -> None:
     (path / "model.safetensors").rename(path / "pytorch_model.bin")
 
 
+def _spoil_adapter(path: Path) -> None:
+    shutil.copy(path / "model.safetensors", path / "adapter_model.safetensors")
+
+
 def _spoil_index(path: Path) -> None:
     index = {"weight_map": {"w": "../tiny-llama/model.safetensors"}}
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -593,6 +597,7 @@ def _spoil_config(path: Path) -> None:
         (_spoil_dtype, r"dtype F64"),
         (_spoil_empty, r"model\.safetensors is not a safetensors file"),
         (_spoil_pickle, r"pytorch_model\.bin is a pickle"),
+        (_spoil_adapter, r"adapter_model\.safetensors is an adapter"),
         (_spoil_index, r"points outside"),
         (_spoil_shard, r"model-00001-of-00002\.safetensors is missing"),
         (_spoil_config, r"config\.json must contain"),
@@ -602,6 +607,13 @@ def test_broken_files_are_named(copy: Path, spoil: Any, named: str) -> None:
     spoil(copy)
     with pytest.raises(ConfigError, match=named):
         resolve_model(str(copy))
+
+
+def test_a_copy_of_the_weights_is_not_read(llama: Path, copy: Path) -> None:
+    """Mistral's checkpoints have one, under other names of their tensors or the same."""
+    shutil.copy(copy / "model.safetensors", copy / "consolidated.safetensors")
+    assert read_facts(copy).revision == read_facts(llama).revision
+    assert read_facts(copy).weight_bytes == read_facts(llama).weight_bytes
 
 
 def test_the_revision_depends_on_weights_and_configuration(llama: Path, copy: Path) -> None:

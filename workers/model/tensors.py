@@ -29,6 +29,7 @@ _DTYPE_BYTES = {
     "U8": 1,
     "F8_E4M3": 1,
 }
+_ADAPTER = "adapter_model.safetensors"
 _PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -71,7 +72,13 @@ def _weight_files(path: Path) -> list[Path]:
             if not file.is_file():
                 raise ConfigError("model", f"{file} is missing, but {index.name} lists it")
         return files
-    files = sorted(path.glob("*.safetensors"))
+    if (path / _ADAPTER).exists():
+        raise UnsupportedModelError(
+            "model", f"{path / _ADAPTER} is an adapter, which is not applied; merge it"
+        )
+    # Others beside it are copies for other programs, such as consolidated.safetensors.
+    whole = path / "model.safetensors"
+    files = [whole] if whole.exists() else sorted(path.glob("*.safetensors"))
     if files:
         return files
     pickled = sorted(f.name for f in path.iterdir() if f.suffix in _PICKLED_SUFFIXES)
