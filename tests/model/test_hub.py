@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -133,6 +134,7 @@ def test_without_the_hub_the_cache_says_which_commit(
     "error",
     [
         httpx2.ConnectError("no route"),
+        httpx2.ProxyError("bad proxy"),
         HfHubHTTPError("gone", response=httpx2.Response(404, request=httpx2.Request("GET", "h"))),
         HfHubHTTPError("slow", response=httpx2.Response(429, request=httpx2.Request("GET", "h"))),
     ],
@@ -179,3 +181,23 @@ def test_the_hub_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match="hub cannot be reached"):
         resolve_model("nobody/made-this", root=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        (httpx2.ReadError("reset by peer"), "reset by peer"),
+        (httpx2.RemoteProtocolError(""), "RemoteProtocolError"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left"),
+        (RuntimeError("Network error: timed out"), "timed out"),
+    ],
+)
+def test_a_download_that_breaks_off_can_continue(
+    error: Exception, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(ConfigError, match=f"owner/name .*{named}.*start again"):
+        resolve_model("owner/name", root=tmp_path)

@@ -46,6 +46,7 @@ class HubModel:
 
     def download(self, patterns: Sequence[str]) -> Path:
         """The directory with its files that match the patterns. Raises ConfigError."""
+        import httpx2
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import (
             HfHubHTTPError,
@@ -66,9 +67,16 @@ class HubModel:
                 f"{self} is not on this machine and the hub cannot be reached;"
                 " download the model or check the network",
             ) from error
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
+        except (HfHubHTTPError, HFValidationError) as error:
             reason = f"{self} cannot be downloaded from the hub: {error}"
             raise ConfigError("model", reason) from error
+        # The connection or the disk; hf_xet raises RuntimeError for both.
+        except (httpx2.HTTPError, OSError, RuntimeError) as error:
+            raise ConfigError(
+                "model",
+                f"{self} was not downloaded completely: {str(error) or repr(error)}; the files that"
+                " are complete are kept, so start again to continue",
+            ) from error
         return Path(directory)
 
 
@@ -79,6 +87,7 @@ def pinned(model: str) -> str:
     pushed meanwhile. A directory or a file is what it is. If neither the hub nor this machine's
     cache knows the commit, the name stays as it is: those that load the model may know more.
     """
+    import httpx2
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, RevisionResolutionError
 
@@ -87,7 +96,7 @@ def pinned(model: str) -> str:
         return model
     try:
         commit = HfApi().resolve_revision(named.repo, revision=named.revision).resolved
-    except (RevisionResolutionError, HFValidationError, OSError) as error:
+    except (RevisionResolutionError, HFValidationError, httpx2.HTTPError, OSError) as error:
         logger.warning("the commit of %s is not known, so it is not pinned: %s", model, error)
         return model
     return f"{named.repo}@{commit}"

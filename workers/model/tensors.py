@@ -76,7 +76,7 @@ def _weight_files(path: Path) -> list[Path]:
         raise UnsupportedModelError(
             "model", f"{path / _ADAPTER} is an adapter, which is not applied; merge it"
         )
-    # Others beside it are copies for other programs, such as consolidated.safetensors.
+    # Others next to it are copies for other programs, such as consolidated.safetensors.
     whole = path / "model.safetensors"
     files = [whole] if whole.exists() else sorted(path.glob("*.safetensors"))
     if files:
