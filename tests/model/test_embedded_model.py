@@ -12,4 +12,4 @@ def test_facts() -> None:
     assert (facts.name, facts.architecture) == (EMBEDDED_NAME, "LlamaForCausalLM")
     assert (facts.num_layers, facts.num_heads, facts.num_kv_heads) == (30, 9, 3)
     assert (facts.head_dim, facts.hidden_size, facts.vocab_size) == (64, 576, 49152)
-    assert (facts.max_model_len, facts.eos_token_ids) == (8192, (2,))
+    assert (facts.max_model_len, facts.eos_token_ids) == (8192, (2, 0))

@@ -408,6 +408,14 @@ def test_a_gguf_that_would_lose_something_is_refused(
     assert [path for path in tmp_path.glob("store/*") if path.is_dir()] == []
 
 
+def test_a_gguf_with_another_tokenizer_is_refused(gguf_file: Path, tmp_path: Path) -> None:
+    file = tmp_path / "other.gguf"
+    file.write_bytes(gguf_file.read_bytes().replace(b"gpt2", b"bert"))
+    with pytest.raises(UnsupportedModelError, match="its tokenizer 'bert'"):
+        resolve_model(str(file), root=tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
 def test_a_gguf_without_all_its_weights_is_refused(llama: Path, tmp_path: Path) -> None:
     """transformers would fill them with random numbers."""
     file = make_small_gguf(tmp_path / "holey.gguf", llama, "model.layers.1.mlp.up_proj.weight")

@@ -16,7 +16,7 @@ from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.model.architectures import ARCHITECTURES
 from kvmesh.workers.model.gguf_config import config_of_gguf
 from kvmesh.workers.model.gguf_metadata import GGUFMetadata
-from kvmesh.workers.model.gguf_tokenizer import check_splitting, convert_tokenizer
+from kvmesh.workers.model.gguf_tokenizer import check_tokenizer, convert_tokenizer
 
 _MAGIC = b"GGUF"
 _WEIGHT_BYTES = 4  # float32
@@ -61,7 +61,7 @@ def convert_gguf(file: Path, target: Path) -> None:
 
 
 def _config(metadata: GGUFMetadata) -> dict[str, Any]:
-    check_splitting(metadata)
+    check_tokenizer(metadata)
     return config_of_gguf(metadata)
 
 

@@ -42,11 +42,17 @@ _WORDS_FIRST = frozenset(
 _NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
-def check_splitting(metadata: GGUFMetadata) -> None:
-    """Raises UnsupportedModelError for a file whose text would be split in another way."""
+def check_tokenizer(metadata: GGUFMetadata) -> None:
+    """Raises UnsupportedModelError for a tokenizer that would be another one here."""
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-    if metadata.tokenizer("model") != "gpt2":  # SentencePiece does not split
+    kind = metadata.tokenizer("model")
+    if kind not in ("gpt2", "llama"):
+        raise metadata.refused(
+            f"its tokenizer {kind!r} (tokenizer.ggml.model) is not supported, only 'gpt2' and"
+            " 'llama'"
+        )
+    if kind == "llama":  # SentencePiece, which does not split
         return
     name = metadata.tokenizer("pre")
     if name is None:
