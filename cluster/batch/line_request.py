@@ -87,7 +87,7 @@ def read_request(line: InputLine) -> LineRequest:
         raise refuse("body", "is required")
     try:
         body = _body_decoder.decode(found.body)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError):
         raise refuse("body", "must be a JSON object") from None
     if body.stream not in (None, False):
         raise refuse("body.stream", "must be false: a line has one answer")

@@ -183,6 +183,7 @@ def _message(data: bytes) -> str:
 
 def _seconds(text: str | None) -> float:
     try:
-        return min(max(float(text or 0), 0.0), MAX_PAUSE_S)
+        seconds = float(text or 0)
     except ValueError:  # a date
         return 0.0
+    return min(seconds, MAX_PAUSE_S) if seconds > 0 else 0.0  # not a number: none

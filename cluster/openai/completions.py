@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -24,7 +25,15 @@ from kvmesh.cluster.openai.usage import RunningUsage, TokenUsage
 from kvmesh.v1 import kvmesh_pb2 as pb
 
 MAX_PROMPTS = 1024
-ID_CHARS = 112  # of a request's id, when more is added to it for each prompt
+ID_CHARS = 112  # at most, of a request's id to which more is added for each prompt
+
+
+def _short(request_id: str) -> str:
+    """Of at most ID_CHARS characters, and as different from others as the whole."""
+    if len(request_id) <= ID_CHARS:
+        return request_id
+    digest = hashlib.blake2s(request_id.encode(), digest_size=8).hexdigest()
+    return f"{request_id[: ID_CHARS - len(digest) - 1]}.{digest}"
 
 
 def _kind(prompt: object) -> str:
@@ -61,8 +70,9 @@ class CompletionBody(GenerationBody):
         prompts = self._prompts()
         places = self.places(len(prompts))
         requests = []
+        stem = _short(request_id)
         for index, prompt in enumerate(prompts):
-            own_id = f"{request_id[:ID_CHARS]}-{index}" if len(prompts) > 1 else request_id
+            own_id = f"{stem}-{index}" if len(prompts) > 1 else request_id
             request = self.base_request(headers, own_id)
             if self.max_tokens == 0 and not self.echo and not request.HasField("pin_s"):
                 refuse("max_tokens", "must be at least 1, unless echo or pin_s is set")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+
 from sortedcontainers import SortedList
 
 from kvmesh.cluster.routing.live import Lease
@@ -55,8 +57,8 @@ class Timeline:
         """When `count` of the leases will have ended."""
         if not self._ends:
             return now
-        end, _, lease = self._ends[min(count, len(self._ends)) - 1]
-        return _expected(end, lease, now)
+        ends = (_expected(end, lease, now) for end, _, lease in self._ends)
+        return heapq.nsmallest(count, ends)[-1]
 
 
 def _expected(end: float, lease: Lease, now: float) -> float:

@@ -170,7 +170,12 @@ def test_a_lease_that_has_run_very_long_may_outlast_those_after_it() -> None:
     assert timeline.freed_by(103.0, 100.0) == need
     assert timeline.freed_by(109.0, 100.0) == PageNeed(2, 20)
     assert timeline.freed_by(110.0, 100.0) == PageNeed(3, 30)
-    assert timeline.nth_end(5, 100.0) == 104.0
+    assert [timeline.nth_end(count, 100.0) for count in (1, 2, 3, 5)] == [
+        103.0,
+        104.0,
+        110.0,
+        110.0,
+    ]
     assert Timeline().nth_end(1, 100.0) == 100.0
 
 

@@ -119,6 +119,15 @@ async def test_a_line_that_asks_nothing_is_answered_with_an_error(
     assert wrong["custom_id"] in (None, "a", "first")
 
 
+async def test_a_body_that_is_not_utf_8_is_answered_with_an_error(files: Files) -> None:
+    lines = [json.dumps(asking(name)).encode() for name in "ab"]
+    wrong = lines[0].replace(b'"body": {', b'"body": {"stream": "\xff", ')
+    files.source.write_bytes(b"\n".join([wrong, lines[1]]))
+    counts = await files.run()
+    assert (counts.done, counts.failed) == (2, 1)
+    assert "body: must be a JSON object" in files.by_id()["a"]["error"]["message"]
+
+
 async def test_errors_of_requests_are_counted_and_stay(files: Files) -> None:
     files.ask([asking("a", "bad"), asking("b")])
     assert (await files.run()).failed == 1

@@ -223,6 +223,21 @@ async def test_a_body_is_written_in_one_line(body: bytes, written: bytes) -> Non
     assert bytes(response.body) == written
 
 
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        (None, 0.0),
+        ("3", 3.0),
+        ("-1", 0.0),
+        ("nan", 0.0),
+        ("1e9", served_answers.MAX_PAUSE_S),
+        ("Mon, 1", 0.0),
+    ],
+)
+def test_a_server_may_ask_for_any_wait(header: str | None, seconds: float) -> None:
+    assert served_answers._seconds(header) == seconds
+
+
 async def test_a_refusal_in_no_text_is_one() -> None:
     replies = iter([(503, b'{"error": {"message": "\xff"}}'), (200, b"{}")])
 

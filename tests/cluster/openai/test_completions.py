@@ -277,6 +277,18 @@ async def test_text_of_ids(server: HttpServer, contract: ScriptedContract) -> No
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
 
 
+async def test_long_ids_of_several_prompts_differ_as_the_calls_ids_do(
+    server: HttpServer, contract: ScriptedContract
+) -> None:
+    async with server.client() as client:
+        for end in "xy":
+            headers = {"x-request-id": "i" * 127 + end}
+            await client.completions.create(model="m", prompt=["a", "b"], extra_headers=headers)
+    ids = {request.request_id for request in contract.requests}
+    assert len(ids) == 4
+    assert max(map(len, ids)) <= 128
+
+
 async def test_streams_of_several_prompts_have_one_end(
     server: HttpServer, contract: ScriptedContract
 ) -> None:
