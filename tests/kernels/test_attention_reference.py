@@ -8,7 +8,7 @@ from typing import Any, Unpack
 import pytest
 import torch
 
-from kvmesh.kernels.attention import chunk_blocks, paged_attention
+from kvmesh.kernels.attention import chunk_blocks, paged_attention, reference
 from kvmesh.kernels.formats.registry import format_names, get_format
 from tests.kernels.cases import (
     AttentionOptions,
@@ -80,6 +80,16 @@ def test_softcap_and_sliding_window(name: str, window: int) -> None:
     softcap = SOFTCAPS[(NAMES.index(name) + WINDOWS.index(window)) % 2]
     case = make_case(get_format(name), Shape(sink_pages=1, recent_pages=1), MIXED)
     check(case, softcap=softcap, sliding_window=window)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_scores_of_a_softcap_are_computed_in_pieces(
+    monkeypatch: pytest.MonkeyPatch, window: int | None
+) -> None:
+    """A chunk of a long prompt has more than are kept at once; each piece has its own mask."""
+    monkeypatch.setattr(reference, "MAX_SCORES", 2000)
+    case = make_case(get_format("int8"), Shape(sink_pages=1, recent_pages=1), [(300, 90), (70, 70)])
+    check(case, softcap=20.0, sliding_window=window)
 
 
 @pytest.mark.parametrize("name", NAMES)

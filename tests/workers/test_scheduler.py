@@ -8,7 +8,7 @@ import pytest
 from kvmesh.workers.lease import LeaseTerms
 from kvmesh.workers.plan import StepPlan
 from kvmesh.workers.pool_plan import PoolPlan
-from kvmesh.workers.request import EngineRequest
+from kvmesh.workers.request import EngineRequest, PinTerms
 from kvmesh.workers.sampling_params import SamplingParams
 from kvmesh.workers.scheduler import Scheduler
 from kvmesh.workers.sequence import Sequence
@@ -84,6 +84,21 @@ class Bench:
     def tokens_of(self, plan: StepPlan) -> dict[str, int]:
         rows = {seq.row: name for name, seq in self.sequences.items() if seq.row is not None}
         return {rows[chunk.row]: chunk.num_tokens for chunk in plan.chunks}
+
+
+def test_what_nobody_can_find_is_not_pinned() -> None:
+    """A sequence that is computed again by itself, after NaN, names none of its pages."""
+    bench = Bench(sealed=40, prefix_cache=True)
+    terms = PinTerms("a", 60.0)
+    for name, alone in (("shared", False), ("alone", True)):
+        seq = bench.add(name, 4 * PAGE)
+        bench.plan()
+        if alone:
+            bench.scheduler.isolate(seq)
+            bench.plan()
+        bench.scheduler.pin(seq, terms, now=0.0)
+        assert seq.pinned_tokens == (0 if alone else 4 * PAGE)
+    assert bench.scheduler.pins.pages.sealed == 4
 
 
 def test_a_sequence_is_admitted_only_if_its_next_token_fits_too() -> None:
