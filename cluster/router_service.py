@@ -44,7 +44,7 @@ from kvmesh.cluster.messages import (
 from kvmesh.cluster.report_book import ReportBook
 from kvmesh.cluster.reports import ClusterStatus
 from kvmesh.cluster.routing.config import RouterConfig
-from kvmesh.cluster.routing.errors import RequestIdInUseError, RoutingError
+from kvmesh.cluster.routing.errors import RoutingError
 from kvmesh.cluster.routing.group import name_order
 from kvmesh.cluster.routing.outcome import (
     Enqueued,
@@ -158,8 +158,8 @@ class RouterService:
             peer.fail(message.call, Failure.of(DrainingError()))
             return
         if name in self.callers:
-            if request.past < Past.AGAIN:
-                peer.fail(message.call, Failure.of(RequestIdInUseError(name)))
+            if (error := self.router.conflict(request)) is not None:
+                peer.fail(message.call, Failure.of(error))
                 return
             self.settle(self.router.abort(name, self.clock()))
         now = self.clock()

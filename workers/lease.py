@@ -16,7 +16,7 @@ class LeaseTerms:
     shared_sealed_pages: of its sealed pages, those that an earlier lease of the group paid
         for when it was granted
     sequences: how many share it; each has an equal part
-    request_id, tenant: of its request, for a later router
+    request_id, tenant, incarnation: of its request, for a later router
     """
 
     lease_id: str
@@ -29,6 +29,7 @@ class LeaseTerms:
     number: int = 0
     request_id: str = ""
     tenant: str = ""
+    incarnation: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field, replace
@@ -109,6 +110,7 @@ class Generation:
                 spec.resume.scores if spec.resume else 0,
             ),
         )
+        self._incarnation = secrets.token_hex(8)
         self._attempt: Attempt | None = None  # the latest
         self._failovers = Failovers()
         # Whether its own deadline limits the wait for a place, and not the server's longest wait.
@@ -270,6 +272,7 @@ class Generation:
             lost_engines=self._failovers.engines,
             past=self._past(),
             sequences=max(len(self._output.unfinished), 1),
+            incarnation=self._incarnation,
         )
 
     def _past(self) -> Past:

@@ -62,6 +62,7 @@ class _Call:
     on_waiting: called with every Waiting before the answer
     due_s: when a place is of no use any more, on the event loop's clock
     sent: over a connection, which may be lost by now
+    waits: a router has said so
     """
 
     message: Any
@@ -69,6 +70,7 @@ class _Call:
     on_waiting: Callable[[Waiting], None]
     due_s: float | None = None
     sent: bool = False
+    waits: bool = False
 
     def send(self, connection: Link, now_s: float) -> None:
         """Over a first connection, or another one."""
@@ -76,8 +78,9 @@ class _Call:
         if isinstance(message, Place):
             left_s = None if self.due_s is None else max(self.due_s - now_s, MIN_TIMEOUT_S)
             request = replace(message.request, timeout_s=left_s)
-            if self.sent:
-                # The same router may still know the request from the lost connection.
+            if self.waits or (self.sent and request.past is not Past.AGAIN):
+                # The same router may still know the request from the lost connection. What no
+                # router may have heard yet still takes the place of an older incarnation.
                 request = replace(request, past=max(request.past, Past.ACCEPTED))
             message = Place(message.call, request)
         connection.send(message)
@@ -227,6 +230,7 @@ class RouterLink:
             if isinstance(message, Placed):  # its caller has left
                 self._send(Release(message.lease.lease_id))
         elif isinstance(message, Waiting):
+            call.waits = True
             call.on_waiting(message)
         elif isinstance(message, CallFailed):
             call.answer.set_exception(message.failure.error)

@@ -35,7 +35,7 @@ class RequestIdInUseError(RoutingError):
 
 
 class RequestAbortedError(RoutingError):
-    """The request was aborted while it waited."""
+    """The request was aborted while it waited, or its client has asked for it again."""
 
     def __str__(self) -> str:
         return "the request was aborted"

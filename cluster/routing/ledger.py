@@ -92,6 +92,7 @@ class Account:
             max=max_need,
             sequences=request.sequences,
             granted_at=now,
+            incarnation=request.incarnation,
             request=request,
             blocks=blocks,
             shared=shared,
@@ -115,6 +116,7 @@ class Account:
             max=PageNeed(need.hot, max(need.sealed, terms.max_sealed_pages)),
             sequences=terms.sequences,
             granted_at=now,
+            incarnation=terms.incarnation,
             arrived=True,
         )
         self._enter(lease)

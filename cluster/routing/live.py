@@ -25,7 +25,7 @@ Age = tuple[int, int]  # epoch of the granting router, its grants before: lower 
 class Lease:
     """A reservation of pages on one group, from its grant to its end.
 
-    request_id, tenant: of the request that holds it
+    request_id, tenant, incarnation: of the request that holds it
     need: pages of one rank that it covers, those shared with other leases included
     max: what it may grow to
     blocks: hashes of its prompt's runs of pages, from the first page on, that the group
@@ -46,6 +46,7 @@ class Lease:
     max: PageNeed
     sequences: int
     granted_at: float
+    incarnation: str = ""
     request: PlaceRequest | None = None
     blocks: tuple[bytes, ...] = ()
     shared: int = 0
@@ -76,6 +77,7 @@ class Lease:
             number=self.age[1],
             request_id=self.request_id,
             tenant=self.tenant,
+            incarnation=self.incarnation,
         )
 
 
@@ -103,3 +105,7 @@ class LiveRequest:
     @property
     def request_id(self) -> str:
         return self.request.request_id
+
+    @property
+    def incarnation(self) -> str:
+        return self.request.incarnation

@@ -11,9 +11,10 @@ from kvmesh.cluster.routing.accepted_formats import ANY_FORMAT, AcceptedFormats
 class Past(enum.IntEnum):
     """What has become of a request before; each value includes those below it.
 
-    AGAIN: an older incarnation with the same id, if there is one, is aborted first
+    AGAIN: its client has asked again, so any other incarnation is aborted first
     ACCEPTED: it waited, or had a lease that its engine did not take: it may wait though the
-        queue is full, or the router drains
+        queue is full, or the router drains. If another incarnation is live, its client has
+        asked again meanwhile, so it is refused
     RAN: it lost its group while running: its tenant's quota does not hold it up, and it is
         leased in full so that it is not disturbed again
     Those that were accepted go first within their priority.
@@ -41,6 +42,7 @@ class PlaceRequest:
         it until another incarnation of its engine is up, or the router still has this one
         after a while
     sequences: how many share the request (n > 1); one lease covers all of them
+    incarnation: differs between the times that a client asks for one request
     """
 
     request_id: str
@@ -55,6 +57,7 @@ class PlaceRequest:
     lost_engines: frozenset[str] = frozenset()
     past: Past = Past.NEW
     sequences: int = 1
+    incarnation: str = ""
 
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "max_tokens", "sequences"):

@@ -16,6 +16,7 @@ from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.errors import (
     RequestAbortedError,
     RequestIdInUseError,
+    RoutingError,
 )
 from kvmesh.cluster.routing.fleet import Fleet
 from kvmesh.cluster.routing.leases import Leases
@@ -62,10 +63,10 @@ class Router:
         """
         others: list[Outcome] = []
         if (older := self.records.newest(request.request_id)) is not None:
-            if request.past < Past.AGAIN:
+            if (error := self.conflict(request)) is not None:
                 # Counted alone: it says nothing about the live request.
-                self.records.refused[RequestIdInUseError.__name__] += 1
-                return [Refused(request.request_id, RequestIdInUseError(request.request_id))]
+                self.records.refused[type(error).__name__] += 1
+                return [Refused(request.request_id, error)]
             others = [*self._abort(older, now), *self._continue(now)]
         live = self.admission.arrive(request, now)
         own, *more = self.admission.place(live, now)
@@ -73,6 +74,19 @@ class Router:
             self.records.waits(live)
         self._note((own, *more), now)
         return [own, *others, *more]
+
+    def conflict(self, request: PlaceRequest) -> RoutingError | None:
+        """Why the request may not take the place of the live one with its id, if there is one.
+
+        An ingress that was cut off asks for its requests again before it hears that their
+        clients have left; they may run elsewhere by now.
+        """
+        live = self.records.newest(request.request_id)
+        if live is None or request.past is Past.AGAIN:
+            return None
+        if request.past < Past.AGAIN:
+            return RequestIdInUseError(request.request_id)
+        return None if request.incarnation == live.incarnation else RequestAbortedError()
 
     def cancel(self, request_ids: Collection[str], now: float) -> list[Outcome]:
         """The caller of these is gone: none that waits is granted, and none has an outcome."""

@@ -298,6 +298,7 @@ async def test_the_router_and_the_engine_hear_what_the_request_is() -> None:
         page_hashes=(b"page",),
         accepts=EXACT_ONLY,
         sequences=2,
+        incarnation=asked.incarnation,
     )
     assert alone.around.reached == [("e0", Address("g0", 1))]
     assert sent.lease == placed.lease
@@ -497,6 +498,8 @@ async def test_after_a_loss_only_what_is_missing_is_asked_for() -> None:
     asked = alone.around.asked[1]
     assert (asked.prompt_tokens, asked.max_tokens) == (len(PROMPT) + 3, 20 - 3)
     assert (asked.sequences, asked.past) == (1, Past.RAN)
+    assert asked.incarnation == alone.around.asked[0].incarnation
+    assert asked.incarnation != Alone().generation._place_request().incarnation
     assert asked.lost_engines == {"e0"}
     assert (asked.timeout_s, sent.timeout_s) == (20.0, 20.0)
     assert [x.request_id for x in sent.sequences] == ["l2.0"]

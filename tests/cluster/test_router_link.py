@@ -220,6 +220,26 @@ async def test_a_place_that_no_router_has_seen_is_new() -> None:
     await asyncio.wait([waits])
 
 
+async def test_a_place_ends_an_older_incarnation_until_a_router_has_heard_it() -> None:
+    """Later its client may have asked again elsewhere."""
+    link = RouterLink(IDENTITY, nowhere)
+
+    async def resume() -> None:
+        async with link.place(ask("a", past=Past.AGAIN)):
+            pass
+
+    waits = asyncio.create_task(resume())
+    await turns()
+    for heard, past in ((False, Past.AGAIN), (True, Past.AGAIN), (True, Past.ACCEPTED)):
+        (sent,) = connect(link).take()
+        assert isinstance(sent, Place) and sent.request.past is past
+        if heard:
+            link.received(Waiting(sent.call, 0, None))
+        link.lost()
+    waits.cancel()
+    await asyncio.wait([waits])
+
+
 async def test_a_repeated_place_has_the_time_that_is_left() -> None:
     link, wire = linked()
     request = ask("a", timeout_s=1000.0)

@@ -262,6 +262,32 @@ def test_an_id_that_is_in_use_is_refused_unless_the_request_replaces_it() -> Non
     assert again.heard[-1].call == 4  # type: ignore[attr-defined]
 
 
+def test_an_ingress_that_was_cut_off_does_not_end_what_its_client_asked_for_elsewhere() -> None:
+    routed = Routed("g0", "g1", "g2")
+    cut_off, other = FarEnd(routed), FarEnd(routed)
+    placed(cut_off, "ran", 1, incarnation="old")
+    cut_off.peer.lost()
+    runs = placed(other, "ran", 1, past=Past.AGAIN, incarnation="new")
+    placed(other, "another", 2)
+    other.says(Place(3, ask("wait", past=Past.AGAIN, incarnation="new")))
+    heard = [len(engine.heard) for engine in routed.engines.values()]
+    back = FarEnd(routed)
+    for call, name in enumerate(["ran", "ran", "wait", "wait"]):
+        past = (Past.ACCEPTED, Past.RAN)[call % 2]
+        answer = back.says(Place(call, ask(name, past=past, incarnation="old")))
+        assert isinstance(failure(answer), RequestAbortedError)
+    assert [len(engine.heard) for engine in routed.engines.values()] == heard, "none is withdrawn"
+    assert other.all_of(CallFailed) == []
+    # A later router knows it from the lease.
+    restarted = Routed()
+    engine = restarted.engine(runs.group, leases=(runs.lease,))
+    answer = FarEnd(restarted).says(Place(1, ask("ran", past=Past.RAN, incarnation="old")))
+    assert isinstance(failure(answer), RequestAbortedError)
+    own = FarEnd(restarted).says(Place(1, ask("ran", past=Past.RAN, incarnation="new")))
+    assert isinstance(own[0], Waiting)
+    assert engine.heard == [Withdraw((runs.lease.lease_id,))]
+
+
 def test_a_draining_router_takes_only_requests_that_were_accepted() -> None:
     routed = Routed("g0")
     ingress = FarEnd(routed)
