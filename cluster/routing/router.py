@@ -9,6 +9,7 @@ requests. Every call returns what it set in motion; the caller carries it out.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Collection, Iterable
 
 from kvmesh.cluster.routing.admission import Admission
@@ -26,6 +27,8 @@ from kvmesh.cluster.routing.records import Records
 from kvmesh.cluster.routing.request import Past, PlaceRequest
 from kvmesh.workers.lease import AccountUpdate, LeaseTerms
 from kvmesh.workers.loads import EngineInfo
+
+MAX_WITHDRAWN = 4096
 
 
 class Router:
@@ -51,6 +54,9 @@ class Router:
         self.leases = Leases(self.fleet, epoch)
         self.admission = Admission(config, self.fleet, self.leases, now)
         self.records = Records()
+        # Ids of withdrawn leases that have not ended, latest last. A connection may be lost with
+        # the order on its way, so who lists one of these gets it again.
+        self._withdrawn: OrderedDict[str, None] = OrderedDict()
 
     # Requests
 
@@ -117,7 +123,7 @@ class Router:
         if lease is None:
             return []
         if lease.arrived:
-            return [Withdrawn(lease.group, lease_id)]
+            return [self._withdraw(lease)]
         self.leases.release(lease, now)
         self.records.lease_over(lease)
         return self._continue(now)
@@ -149,9 +155,8 @@ class Router:
         """
         self._void(group, now)
         self.fleet.up(group, info, draining=draining)
-        for terms in leases:
-            self._adopt(group, terms, now)
-        return self._continue(now)
+        again = [order for terms in leases for order in self._adopt(group, terms, now)]
+        return [*again, *self._continue(now)]
 
     def group_down(self, group: str, now: float) -> list[Outcome]:
         """A group's engine, or the connection to it, is lost. Its leases are void.
@@ -171,11 +176,11 @@ class Router:
         """What changed in the account of a group's engine; ignored if the group is down."""
         if self.fleet.account(group) is None:
             return []
-        leases = self.leases
+        leases, again = self.leases, list[Outcome]()
         for terms in update.arrived:
             if (lease := leases.get(terms.lease_id)) is None:
                 # Granted by a former router, or before the group's connection broke.
-                self._adopt(group, terms, now)
+                again += self._adopt(group, terms, now)
             else:
                 lease.arrived = True
         for lease_id in update.first_tokens:
@@ -185,12 +190,13 @@ class Router:
             if (lease := leases.get(want.lease_id)) is not None:
                 leases.want(lease, want)
         for end in update.ended:
+            self._withdrawn.pop(end.lease_id, None)
             if (lease := leases.get(end.lease_id)) is not None:
                 leases.end(lease, now, end.output_tokens)
                 self.records.lease_over(lease)
         # An arrival alone makes no room.
         news = update.first_tokens or update.wants or update.ended
-        return self._continue(now) if news else []
+        return [*again, *self._continue(now)] if news else again
 
     # Time
 
@@ -202,7 +208,7 @@ class Router:
         for lease in self.leases.never_arrived(now - self.config.lease_ttl_s):
             self.leases.release(lease, now)
             self.records.lease_over(lease, expired=True)
-            outcomes.append(Withdrawn(lease.group, lease.lease_id))
+            outcomes.append(self._withdraw(lease))
         return [*outcomes, *self._continue(now)]
 
     # Within
@@ -220,16 +226,26 @@ class Router:
             if isinstance(decision, Granted):
                 self.records.leased(self.leases[decision.placement.lease.lease_id])
 
-    def _adopt(self, group: str, terms: LeaseTerms, now: float) -> None:
-        """Enter a lease that is not in the ledger, and whose sequences the engine has."""
+    def _adopt(self, group: str, terms: LeaseTerms, now: float) -> list[Withdrawn]:
+        """Enter a lease that is not in the ledger, and whose sequences the engine has.
+
+        If it was withdrawn before, it is again.
+        """
         lease = self.leases.adopt(group, terms, now)
         newest = self.records.newest(lease.request_id)
         if newest is None or (isinstance(newest, Lease) and newest.age < lease.age):
             self.records.leased(lease)
+        return [self._withdraw(lease)] if lease.lease_id in self._withdrawn else []
+
+    def _withdraw(self, lease: Lease) -> Withdrawn:
+        self._withdrawn[lease.lease_id] = None
+        if len(self._withdrawn) > MAX_WITHDRAWN:
+            self._withdrawn.popitem(last=False)
+        return Withdrawn(lease.group, lease.lease_id)
 
     def _abort(self, live: LiveRequest | Lease, now: float) -> list[Outcome]:
         if isinstance(live, Lease):
-            return [Withdrawn(live.group, live.lease_id)]
+            return [self._withdraw(live)]
         self.admission.give_up(live, now)
         refused = Refused(live.request_id, RequestAbortedError())
         self._note([refused], now)

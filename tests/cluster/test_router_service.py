@@ -41,6 +41,7 @@ from kvmesh.cluster.router_service import (
     RouterPeer,
     RouterService,
 )
+from kvmesh.cluster.routing import router
 from kvmesh.cluster.routing.config import RouterConfig, RouterTuning
 from kvmesh.cluster.routing.errors import (
     RequestAbortedError,
@@ -311,6 +312,35 @@ def test_an_abort_says_whether_there_was_such_a_request() -> None:
     assert isinstance(failure(ingress.heard[-1:]), RequestAbortedError)
     assert operator.says(Abort(3, "run")) == [Aborted(3, found=True)]
     assert routed.engines["g0"].heard == [Withdraw((lease_id,))]
+
+
+@pytest.mark.parametrize("lists", ["at once", "as it arrives"])
+def test_a_withdrawal_that_was_lost_with_its_connection_is_sent_again(lists: str) -> None:
+    routed = Routed("g0")
+    lease = placed(FarEnd(routed), "run", 1).lease
+    assert FarEnd(routed).says(Abort(1, "run")) == [Aborted(1, found=True)]
+    withdraw = Withdraw((lease.lease_id,))
+    routed.engines["g0"].peer.lost()
+    arrived = AccountNews(AccountUpdate(arrived=(lease,)), NO_PAGES)
+    if lists == "at once":
+        engine = routed.engine("g0", leases=(lease,))
+    else:
+        engine = routed.engine("g0")
+        engine.says(arrived)
+    assert engine.heard == [withdraw]
+    assert engine.says(arrived) == [], "it is on its way"
+    engine.says(AccountNews(AccountUpdate(ended=(LeaseEnd(lease.lease_id),)), NO_PAGES))
+    assert not routed.service.router._withdrawn
+    assert router_status(routed.service.router, routed.now).live_requests == 0
+
+
+def test_the_withdrawals_that_are_remembered_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router, "MAX_WITHDRAWN", 1)
+    routed = Routed("g0", "g1")
+    ingress = FarEnd(routed)
+    leases = [placed(ingress, name, call).lease.lease_id for call, name in enumerate("ab")]
+    ingress.says(Abort(3, "a"), Abort(4, "b"))
+    assert [*routed.service.router._withdrawn] == leases[1:]
 
 
 def test_the_id_of_a_request_that_its_client_has_seen_end_is_free() -> None:
