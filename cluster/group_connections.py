@@ -89,7 +89,10 @@ class GroupConnections:
         return self._names.get(connection, "")
 
     def up(self, message: Hello, connection: Link) -> None:
-        """The later engine of a group stays: one that hung may return after its replacement."""
+        """Of two engines that both stay, the later is the group's: one that hung may return.
+
+        One that leaves gets another name, whatever the clocks of their nodes say.
+        """
         name, now = message.group, self._clock()
         this = (name, message.started_ns)
         for group in [x for x in self.all if (x.group, x.started_ns) == this]:
@@ -97,16 +100,17 @@ class GroupConnections:
             group.connection.close()
         leaves = message.draining or message.node in self.leaving_nodes
         former = self._groups.get(name)
-        if former is not None and former.started_ns > message.started_ns:
-            if not leaves:
+        if former is not None:
+            if self._leaves(former):
+                self._retire(former)
+            elif leaves:
+                name = name_while_leaving(name, self._groups)
+            elif former.started_ns > message.started_ns:
                 _replace(name, connection)
                 return
-            name, former = name_while_leaving(name, self._groups), None
-        if former is not None and self._leaves(former):
-            self._retire(former)
-        elif former is not None:
-            self.down(former.connection)
-            _replace(name, former.connection)
+            else:
+                self.down(former.connection)
+                _replace(name, former.connection)
         logger.info(
             "group %s is up with %d leases", name, len(message.leases), extra=about(group=name)
         )

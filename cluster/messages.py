@@ -219,7 +219,8 @@ class Rejected(_Message):
 class Hello(_Message):
     """The first message of an engine: its facts, its address, and the leases it holds.
 
-    started_ns: wall clock; of two engines of a group, the later one has replaced the other
+    started_ns: wall clock; of two engines of a group that both stay, the later one has
+        replaced the other
     node: of the Ray cluster, that it runs on
     draining: the engine accepts nothing new
     """

@@ -494,6 +494,23 @@ def test_the_later_engine_of_a_group_stays(returned: int) -> None:
     assert "late" in routed.service.router.leases
 
 
+@pytest.mark.parametrize("successor_ns", [50, 150])
+def test_a_successor_has_the_name_whatever_the_clocks_of_nodes_say(successor_ns: int) -> None:
+    routed = Routed()
+    former = routed.engine("g0", 100, node="a")
+    groups = routed.service.groups
+    groups.nodes_leave(frozenset({"a"}))
+    successor = routed.engine("g0", successor_ns, node="b")
+    assert [(x.name, x.node) for x in groups.all] == [("g0.leaving", "a"), ("g0", "b")]
+    # The former one connects again.
+    former.peer.lost()
+    again = routed.engine("g0", 100, node="a")
+    assert {x.name: x.node for x in groups.all} == {"g0.leaving": "a", "g0": "b"}
+    assert groups["g0.leaving"].closed and not groups["g0"].closed
+    assert successor.heard == former.heard == again.heard == []
+    assert not successor.closed and not again.closed
+
+
 def test_a_group_that_returns_is_listed_with_its_leases() -> None:
     routed = Routed("g0")
     ingress = FarEnd(routed)
