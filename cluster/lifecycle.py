@@ -190,13 +190,18 @@ class Cluster:
             self._progress(f"loading the model, {waiting}", None)
 
     def stop(self) -> None:
-        """Wait for requests, shut down, and end all processes. Idempotent."""
-        if self._started:
-            self._started = False
-            self._shut_down()
-        if self._local is not None:
-            self._local.release()
-            self._local = None
+        """Wait for requests, shut down, and end all processes. Idempotent.
+
+        Whatever a step raises, the others are taken.
+        """
+        try:
+            if self._started:
+                self._started = False
+                self._shut_down()
+        finally:
+            if self._local is not None:
+                self._local.release()
+                self._local = None
 
     def _shut_down(self) -> None:
         ray = import_ray()
@@ -204,33 +209,39 @@ class Cluster:
             if ray.is_initialized() and not self._hurry.is_set():
                 self._progress("shutting down", None)
                 self._wait_for_requests()
-        finally:
             self._progress("stopping Ray", None)
+        finally:
+            failure = self._end(ray)
+        if failure is not None:
+            logger.error(
+                "the Ray cluster at %s may still run the application, which could not be "
+                "withdrawn: %s",
+                self._config.ray.address,
+                " ".join(str(failure).split()) or type(failure).__name__,
+            )
+
+    def _end(self, ray: Any) -> Exception | None:
+        """Why the application may still run in a Ray cluster that was joined."""
+        with muted(), contextlib.ExitStack() as last_one_first:
+            then = last_one_first.callback
+            # Not before the others are gone: it waits for a dead part.
+            then(ray.shutdown)
+            if self._local is not None:
+                then(self._local.end)
+            dead = self._dead_part() is not None
+            if not dead:
+                if self._local is not None:
+                    then(self._local.stop)
+                then(ray.shutdown)
             if self._router_calls is not None:
                 self._router_calls.close()
-            failure = None
-            with muted():
-                if self._dead_part() is None:
-                    # Without a connection, Serve would make one, maybe to another Ray cluster.
-                    if self._deployed and ray.is_initialized():
-                        failure = self._stop_serving()
-                    ray.shutdown()
-                    if self._local is not None:
-                        self._local.stop()
-                if self._local is not None:
-                    self._local.end()
-                # Not before the others are gone: it waits for a dead part.
-                ray.shutdown()
-            if failure is not None:
-                logger.error(
-                    "the Ray cluster at %s may still run the application, which could not be "
-                    "withdrawn: %s",
-                    self._config.ray.address,
-                    " ".join(str(failure).split()) or type(failure).__name__,
-                )
+            if dead:
+                return None
+            # Without a connection, Serve would make one, maybe to another Ray cluster.
+            return self._stop_serving() if self._deployed and ray.is_initialized() else None
 
     def _stop_serving(self) -> Exception | None:
-        """Why the application may still run in a Ray cluster that was joined."""
+        """See `_end`."""
         if self._config.ray.address is None:
             from ray import serve
 

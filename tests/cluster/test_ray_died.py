@@ -117,6 +117,51 @@ def test_nothing_is_left_of_a_cluster_that_is_stopped(
     assert ended == expected, "once"
 
 
+class FailingLocalRay(FakeLocalRay):
+    """Cannot end Ray's own processes."""
+
+    def stop(self) -> None:
+        super().stop()
+        raise OSError("stop")
+
+
+@pytest.mark.parametrize("fails", ["progress", "drain", "Serve", "the connection"])
+def test_nothing_is_left_whatever_a_step_raises(
+    monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    ended: list[str] = []
+
+    def step(name: str) -> None:
+        ended.append(name)
+        if name == fails:
+            raise OSError(name)
+
+    def progress(text: str, share: float | None) -> None:
+        if text == "stopping Ray" and fails == "progress":
+            raise OSError(text)
+
+    ray = SimpleNamespace(is_initialized=lambda: True, shutdown=lambda: step("the connection"))
+    monkeypatch.setattr(lifecycle, "import_ray", lambda: ray)
+    cluster = Cluster(ClusterConfig(), progress)
+    monkeypatch.setattr(cluster, "_wait_for_requests", lambda: step("drain"))
+    monkeypatch.setattr(cluster, "_stop_serving", lambda: step("Serve"))
+    cluster._started = cluster._deployed = True
+    cluster._local = FailingLocalRay(None, ended)  # type: ignore[assignment]
+    with pytest.raises(OSError):
+        cluster.stop()
+    assert ended == [
+        "drain",
+        "Serve",
+        "the connection",
+        "Ray's own processes",
+        "all others, and the files",
+        "the connection",
+        "ports and variables",
+    ]
+    cluster.stop()
+    assert ended[-1] == "ports and variables" and len(ended) == 7, "once"
+
+
 @pytest.mark.parametrize(("connected", "deployed"), [(False, False), (False, True), (True, False)])
 @pytest.mark.parametrize("local", [True, False])
 def test_a_start_that_fails_early_leaves_other_clusters_alone(
