@@ -27,8 +27,9 @@ logger = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 5.0
 RECONNECT_S = 0.1
 MAX_FRAME_BYTES = 256 << 20  # above prompts of tens of millions of tokens
-# A peer that leaves this much unread hangs: disconnect it before it exhausts our memory.
-MAX_UNSENT_BYTES = 64 << 20
+# What may be on its way to a peer, so that it cannot exhaust our memory: some of the largest
+# messages at once. A peer that lives reads them all; one that hangs is known by its silence.
+MAX_UNSENT_BYTES = 4 * MAX_FRAME_BYTES
 BEAT_S = 1.0
 MAX_SILENT_BEATS = 5
 _LENGTH = struct.Struct(">I")
@@ -171,7 +172,7 @@ class Link(asyncio.Protocol):
         data, self._unsent = b"".join(self._unsent), []
         self._transport.write(data)
         if self._transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
-            logger.error("a peer does not read; closing its connection")
+            logger.error("a peer does not keep up; closing its connection")
             self.abort()
 
 

@@ -204,6 +204,36 @@ async def test_a_peer_that_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPa
         assert await near.next() is None
 
 
+class FullTransport(asyncio.Transport):
+    """Keeps all that is written, each time as much as one of the largest messages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes = 0
+        self.aborted = False
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.writes += 1
+
+    def get_write_buffer_size(self) -> int:
+        return self.writes * link.MAX_FRAME_BYTES
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+async def test_some_of_the_largest_messages_may_be_on_their_way() -> None:
+    near = Link(MESSAGES, Collector)
+    near._transport = transport = FullTransport()
+    for _ in range(4):
+        near.send(Number(1))
+        await asyncio.sleep(0)
+        assert not transport.aborted
+    near.send(Number(1))
+    await asyncio.sleep(0)
+    assert (transport.writes, transport.aborted) == (5, True)
+
+
 def hang(connection: Link) -> None:
     """Stop its beats, as if its process were stopped."""
     assert connection._beats is not None
