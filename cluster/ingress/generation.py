@@ -202,7 +202,12 @@ class Generation:
                     if attempt.sequences:
                         await self._compute(attempt)
                     return
-            except EngineLostError:
+            except (EngineLostError, RequestFaultError) as error:
+                self._output.absorb()
+                if not self._output.unfinished:
+                    return  # the client has all of it: stop strings have ended what still ran
+                if isinstance(error, RequestFaultError):
+                    raise
                 self._note_loss()
             except PoolCapacityError as error:
                 # The ledger was ahead of the group's allocator: retry after a pause.
@@ -248,7 +253,6 @@ class Generation:
         )
         self._trace.event("engine lost", cause=cause.name.lower())
         self._context.meters.failover(placed.group, cause.name.lower())
-        self._output.absorb()
         self._failovers.note(placed.engine.epoch, cause, self._output.num_tokens)
 
     # What it sends to the router, engines and the client

@@ -580,6 +580,26 @@ async def test_a_stop_string_ends_its_own_sequence_alone() -> None:
 # What it reports
 
 
+@pytest.mark.parametrize("read", [False, True])
+@pytest.mark.parametrize("fault", [False, True])
+async def test_an_answer_that_is_complete_needs_no_engine_any_more(fault: bool, read: bool) -> None:
+    alone = Alone(stop=("CD",))
+    task = alone.read()
+    alone.place()
+    await alone.submitted()
+    alone.deliver("l1.0", 5, 2, 3, 4)
+    if read:
+        await alone.until(lambda: "choice_finished" in alone.kinds())
+    if fault:
+        alone.deliver("l1.0", end=EndReason.FAULT, error="it failed")
+    else:
+        alone.attempt.lose()
+    await over(task)
+    assert len(alone.around.asked) == 1
+    assert alone.kinds()[-2:] == ["choice_finished", "usage"]
+    assert alone.usage.failovers == 0
+
+
 async def test_usage_adds_up_all_placements() -> None:
     alone = Alone()
     task = alone.read()
