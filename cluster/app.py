@@ -234,7 +234,11 @@ class IngressReplica:
         )
         authenticator = Authenticator(known_keys(config.auth))
         self._keys = asyncio.create_task(follow_keys(config.auth, authenticator, meters.keys))
-        reception = Reception(authenticator.authenticate, config.ingress.max_streams)
+        reception = Reception(
+            authenticator.authenticate,
+            config.ingress.max_streams,
+            shared=lambda: authenticator.several_tenants,
+        )
         grpc_front.attach(GrpcFront(self._service, reception, limits, meters))
         self._http = HttpFront(
             self._service,

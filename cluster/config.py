@@ -140,7 +140,10 @@ class IngressSection(Settings):
         'as https://chat.example.com; "*": all, which without keys lets any page use the models',
     )
     max_streams: WholeNumber = Field(
-        default=1024, ge=1, description="Concurrent calls of one ingress process"
+        default=1024,
+        ge=1,
+        description="Concurrent calls of one ingress process; with keys of several tenants, at "
+        "most three quarters are of one tenant",
     )
     max_request_bytes: Bytes = Field(
         default=16 << 20,

@@ -31,7 +31,14 @@ from kvmesh.cluster.ingress.refuse import refuse
 from kvmesh.cluster.ingress.service import IngressService
 from kvmesh.cluster.ingress.unknown_fields import check_known
 from kvmesh.cluster.ingress.validate import MAX_ID_CHARS, Limits, check_size
-from kvmesh.cluster.reception import READ_TIMEOUT_S, Headers, Reception, report
+from kvmesh.cluster.reception import (
+    READ_TIMEOUT_S,
+    Headers,
+    Reception,
+    UnreadReplyError,
+    report,
+    sent,
+)
 from kvmesh.cluster.telemetry.meters import IngressMeters
 
 logger = logging.getLogger("ray.serve")
@@ -62,19 +69,23 @@ class GrpcFront:
 
     async def serve(self, method: ContractMethod, context: Context) -> None:
         result, request_id, tenant = "cancelled", "", None
-        with self._reception.call():
+        with self._reception.call() as at_its_end:
             try:
                 caller = self._reception.caller(_headers(context))
                 tenant = caller.tenant
-                self._reception.admit(caller, method.admin)
+                self._reception.admit(caller, at_its_end, method.admin)
                 request = await self._receive(method, caller.tenant, context)
                 request_id = str(getattr(request, "request_id", ""))[:MAX_ID_CHARS]
                 replies = method.call(self._service, request, caller.tenant)
                 del request  # it may be large, and a stream long
                 async with contextlib.aclosing(replies):
                     async for reply in replies:
-                        await context.write(reply.SerializeToString())
+                        await sent(context.write(reply.SerializeToString()))
                 result = "ok"
+            except UnreadReplyError as error:
+                # Without more: to the SDK the stream is lost, so it resumes if it reads again.
+                context.set_code(grpc.StatusCode.CANCELLED)
+                context.set_details(str(error))
             except Exception as error:
                 result = fail(context, error, request_id, tenant or "")
             finally:
@@ -95,7 +106,7 @@ class GrpcFront:
         try:
             self._reception.caller(_headers(context))
             async for reply in _REFLECTION.ServerReflectionInfo(_reflection_calls(context), None):
-                await context.write(reply.SerializeToString())
+                await sent(context.write(reply.SerializeToString()))
         except Exception as error:
             fail(context, error, "")
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from starlette.datastructures import MutableHeaders
@@ -29,7 +30,13 @@ from kvmesh.cluster.ingress.refuse import refuse
 from kvmesh.cluster.ingress.validate import MAX_ID_CHARS, Limits, check_size
 from kvmesh.cluster.openai.app import CALL, KEYLESS, openai_app
 from kvmesh.cluster.openai.call import KV_BYTES, Contract, HttpCall
-from kvmesh.cluster.reception import READ_TIMEOUT_S, Reception, report
+from kvmesh.cluster.reception import (
+    READ_TIMEOUT_S,
+    Reception,
+    UnreadReplyError,
+    report,
+    sent,
+)
 from kvmesh.cluster.telemetry.meters import IngressMeters
 from kvmesh.v1 import kvmesh_pb2 as pb
 
@@ -101,12 +108,12 @@ class HttpFront:
 
         call = HttpCall("", request_id, headers, log)
         answer = Answer(send, {REQUEST_ID: request_id})
-        with self._reception.call():
+        with self._reception.call() as at_its_end:
             try:
                 try:
                     if not usable:
                         refuse(REQUEST_ID, f"must have at most {MAX_ID_CHARS} printable characters")
-                    self._admit(call, scope)
+                    self._admit(call, scope, at_its_end)
                     call.body = await self._body(call, scope, receive)
                 except ClientLeftError:
                     call.outcome = "cancelled"
@@ -122,12 +129,12 @@ class HttpFront:
                 path = scope["path"] if scope["path"] in self._paths else "other"
                 self._meters.call(path, call.outcome, call.tenant or None)
 
-    def _admit(self, call: HttpCall, scope: Scope) -> None:
+    def _admit(self, call: HttpCall, scope: Scope, at_its_end: ExitStack) -> None:
         if (scope["method"], scope["path"]) in KEYLESS:
             return
         caller = self._reception.caller(call.headers.items())
         call.tenant = caller.tenant
-        self._reception.admit(caller)
+        self._reception.admit(caller, at_its_end)
 
     async def _body(self, call: HttpCall, scope: Scope, receive: Receive) -> bytes:
         """The call's body, when it is its turn. Raises InvalidFieldError(request)."""
@@ -170,7 +177,7 @@ class HttpFront:
             await asyncio.wait((work, left), return_when=asyncio.FIRST_COMPLETED)
             if answer.complete:
                 await asyncio.wait((work,))
-            if not work.done():
+            if answer.unread or not work.done():
                 call.outcome = "cancelled"
             elif (bug := work.exception()) is not None and isinstance(bug, Exception):
                 call.fail(bug)  # the framework has answered it
@@ -182,17 +189,26 @@ class HttpFront:
 
 
 class Answer:
-    """The reply to a call, on its way. headers: of any reply, in place of those it has"""
+    """The reply to a call, on its way.
+
+    headers: of any reply, in place of those it has
+    unread: its client does not read it
+    """
 
     def __init__(self, send: Send, headers: dict[str, str]) -> None:
         self._send = send
         self.headers = headers
         self.complete = False
+        self.unread = False
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             MutableHeaders(scope=message).update(self.headers)
-        await self._send(message)
+        try:
+            await sent(self._send(message))
+        except UnreadReplyError:
+            self.unread = True
+            raise
         if message["type"] == "http.response.body":
             self.complete = not message.get("more_body", False)
 

@@ -9,7 +9,8 @@ import asyncio
 import contextlib
 import logging
 import re
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -26,9 +27,29 @@ READERS = 64  # requests that are received at the same time
 READERS_PER_TENANT = 16
 TURN_TIMEOUT_S = 1.0
 READ_TIMEOUT_S = 30.0
+# A client that reads nothing for this long has its call cancelled: it would stay open, and in the
+# way of others, long after the engine has ended the request.
+UNREAD_TIMEOUT_S = 60.0
+MAX_TENANT_SHARE = 0.75  # of all calls, where there are several tenants
 _TRACEPARENT = re.compile("[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}.{0,100}")
 
 Headers = Iterable[tuple[str, Any]]  # of a call, with lower-case names; over gRPC its metadata
+
+
+class UnreadReplyError(Exception):
+    """The client does not read the reply, so its call is cancelled."""
+
+    def __str__(self) -> str:
+        return f"the reply was not read for {UNREAD_TIMEOUT_S:g} s"
+
+
+async def sent(writing: Awaitable[None]) -> None:
+    """Wait until a part of a reply is on its way. Raises UnreadReplyError."""
+    try:
+        async with asyncio.timeout(UNREAD_TIMEOUT_S):
+            await writing
+    except TimeoutError:
+        raise UnreadReplyError() from None
 
 
 class Reception:
@@ -37,6 +58,7 @@ class Reception:
     authenticate: who makes a call, by its headers; raises UnauthenticatedError
     max_calls: open at the same time
     turn_timeout_s: how long a call waits until it may send its request
+    shared: whether there are several tenants, of whom none may have all calls
     """
 
     def __init__(
@@ -44,22 +66,24 @@ class Reception:
         authenticate: Callable[[Headers], Caller],
         max_calls: int,
         turn_timeout_s: float = TURN_TIMEOUT_S,
+        shared: Callable[[], bool] = lambda: False,
     ) -> None:
         self._authenticate = authenticate
         self._max_calls = max_calls
         self._turn_timeout_s = turn_timeout_s
+        self._shared = shared
         self._calls = 0
+        self._calls_of = Counter[str]()  # by tenant, of those that were admitted
         self._readers = asyncio.Semaphore(READERS)
         self._tenants: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
     @contextlib.contextmanager
-    def call(self) -> Iterator[None]:
-        """A call is open."""
+    def call(self) -> Iterator[contextlib.ExitStack]:
+        """A call is open; the stack is for `admit`."""
         self._calls += 1
-        try:
-            yield
-        finally:
-            self._calls -= 1
+        with contextlib.ExitStack() as at_its_end:
+            at_its_end.callback(self._leave)
+            yield at_its_end
 
     def caller(self, headers: Headers) -> Caller:
         """Who makes a call, whose trace is joined. Raises UnauthenticatedError."""
@@ -67,12 +91,25 @@ class Reception:
         note_headers(headers)
         return caller
 
-    def admit(self, caller: Caller, admin: bool = False) -> None:
+    def admit(self, caller: Caller, at_its_end: contextlib.ExitStack, admin: bool = False) -> None:
         """Raises NotAllowedError if only operators may make the call, and IngressBusyError."""
         if admin and not caller.admin:
             raise NotAllowedError()
         if self._calls > self._max_calls:
             raise IngressBusyError(f"this ingress already serves {self._max_calls} calls")
+        tenant, own = caller.tenant, int(self._max_calls * MAX_TENANT_SHARE)
+        if self._shared() and self._calls_of[tenant] >= own:
+            raise IngressBusyError(f"this ingress already serves {own} calls of your tenant")
+        self._calls_of[tenant] += 1
+        at_its_end.callback(self._leave_tenant, tenant)
+
+    def _leave(self) -> None:
+        self._calls -= 1
+
+    def _leave_tenant(self, tenant: str) -> None:
+        self._calls_of[tenant] -= 1
+        if not self._calls_of[tenant]:
+            del self._calls_of[tenant]
 
     @contextlib.asynccontextmanager
     async def turn(self, tenant: str) -> AsyncIterator[None]:

@@ -49,6 +49,10 @@ class Authenticator:
         """From now on accept these keys and no others; see the constructor."""
         self._keys = None if keys is None else [(bytes.fromhex(k.sha256), k.caller) for k in keys]
 
+    @property
+    def several_tenants(self) -> bool:
+        return len({caller.tenant for _, caller in self._keys or ()}) > 1
+
     def authenticate(self, metadata: Iterable[tuple[str, str | bytes]]) -> Caller:
         """Who made a call, by its metadata; raises UnauthenticatedError."""
         if self._keys is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from kvmesh.client.status import TRAILER, decode
-from kvmesh.cluster import grpc_front
+from kvmesh.cluster import grpc_front, reception
 from kvmesh.cluster.contract_methods import ADMIN_SERVICE, METHODS, SERVICE
 from kvmesh.cluster.grpc_front import GrpcFront
 from kvmesh.cluster.ingress.authenticate import Authenticator, Caller, KnownKey, hash_key
@@ -24,7 +25,7 @@ from kvmesh.cluster.reception import READERS_PER_TENANT, Reception
 from kvmesh.cluster.telemetry import table
 from kvmesh.cluster.telemetry.meters import IngressMeters
 from kvmesh.protos import pb
-from tests.cluster.machine import Machine, SeenMeters, answer, machine
+from tests.cluster.machine import PATIENCE_S, Machine, SeenMeters, answer, machine
 from tests.cluster.test_generation import PROMPT
 from tests.protos.test_other_versions import old
 
@@ -344,6 +345,45 @@ async def test_a_call_that_sends_nothing(served: Served) -> None:
 async def test_an_unknown_method(served: Served) -> None:
     code, _ = await failure(served.call("Nothing", b""))
     assert code is grpc.StatusCode.UNIMPLEMENTED
+
+
+class UnreadContext:
+    """A call of a client that reads nothing."""
+
+    def __init__(self) -> None:
+        self._messages = [request(400)]
+        self.code: grpc.StatusCode | None = None
+        self.details = ""
+
+    def invocation_metadata(self) -> Any:
+        return HEADERS
+
+    async def read(self) -> Any:
+        return self._messages.pop() if self._messages else grpc.aio.EOF
+
+    async def write(self, reply: bytes) -> None:
+        await asyncio.get_running_loop().create_future()
+
+    def set_code(self, code: grpc.StatusCode) -> None:
+        self.code = code
+
+    def set_details(self, details: str) -> None:
+        self.details = details
+
+
+async def test_a_client_that_does_not_read_has_its_call_cancelled(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reception, "UNREAD_TIMEOUT_S", 0.0)
+    context = UnreadContext()
+    (method,) = (x for x in METHODS[SERVICE] if x.name == "GenerateStream")
+    await asyncio.wait_for(served.front.serve(method, context), PATIENCE_S)
+    assert context.code is grpc.StatusCode.CANCELLED
+    assert context.details == "the reply was not read for 0 s"
+    assert served.front._reception._calls == 0
+    assert served.ended("GenerateStream", "cancelled") == 1
+    served.machine.allow(MANY)
+    await served.machine.until(lambda: served.machine.leases() == 0)
 
 
 async def test_a_client_that_leaves_ends_its_request(served: Served) -> None:

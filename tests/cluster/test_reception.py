@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 
 import pytest
 
 from kvmesh.cluster import reception
 from kvmesh.cluster.errors import IngressBusyError
+from kvmesh.cluster.ingress.authenticate import Caller
 from kvmesh.cluster.reception import Reception
 from tests.cluster.machine import PATIENCE_S
 
@@ -92,6 +93,34 @@ async def test_who_waits_for_a_turn_too_long_is_refused(taken: tuple[str, ...]) 
     assert all(call.has_turn for call in first)
     for call in first:
         await call.end()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_no_tenant_has_all_calls_where_there_are_others(shared: bool) -> None:
+    received = Reception(lambda _: pytest.fail("nobody is asked for"), 4, shared=lambda: shared)
+    with ExitStack() as calls:
+
+        def open_call(tenant: str) -> ExitStack:
+            at_its_end = calls.enter_context(received.call())
+            received.admit(Caller(tenant), at_its_end)
+            return at_its_end
+
+        first = [open_call("busy") for _ in range(3)]
+        if shared:
+            with pytest.raises(IngressBusyError, match="3 calls of your tenant"):
+                open_call("busy")
+            assert received._calls == 4, "until the refusal is sent"
+        else:
+            open_call("busy")
+        with pytest.raises(IngressBusyError, match="4 calls"):
+            open_call("other")
+        first[0].close()
+        assert received._calls == 4
+    assert (received._calls, received._calls_of) == (0, {})
+    with ExitStack() as calls:
+        for tenant in ("busy", "busy", "busy", "other"):
+            open_call(tenant)
+    assert (received._calls, received._calls_of) == (0, {})
 
 
 async def test_nothing_is_kept_of_a_tenant_without_calls() -> None:

@@ -11,6 +11,7 @@ import httpx2
 import openai
 import pytest
 
+from kvmesh.cluster import reception
 from kvmesh.cluster.http_front import FrontFirst, Message, Scope, attach
 from kvmesh.cluster.ingress.validate import Limits
 from kvmesh.cluster.openai import call as call_module
@@ -298,6 +299,40 @@ async def test_a_client_that_leaves_one_of_several_prompts(
         await until(lambda: len(contract.requests) == 16)  # the others wait for their turn
         call.cancel()
     await until(lambda: contract.ended == 16)
+
+
+async def test_a_client_that_does_not_read_has_its_call_cancelled(
+    server: HttpServer, contract: ScriptedContract, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def play(request: pb.GenerateRequest) -> Iterable[Any]:
+        yield started(request)
+        while True:
+            yield delta("One")
+
+    async def receive() -> Message:
+        if bodies:
+            return {"type": "http.request", "body": bodies.pop(), "more_body": False}
+        await asyncio.get_running_loop().create_future()
+        raise AssertionError("it stays")
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.get_running_loop().create_future()
+
+    contract.script = play
+    monkeypatch.setattr(reception, "UNREAD_TIMEOUT_S", 0.0)
+    bodies = [json.dumps({"prompt": "a", "stream": True}).encode()]
+    scope: Scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/completions",
+        "query_string": b"",
+        "headers": [(b"authorization", f"Bearer {KEY}".encode())],
+    }
+    await asyncio.wait_for(server.front(scope, receive, send), PATIENCE_S)
+    assert contract.ended == 1
+    assert server.front._reception._calls == 0
+    assert server.meters.of(table.REQUESTS, "/v1/completions", "cancelled") == 1
 
 
 async def test_an_error_of_one_prompt_ends_the_others(
