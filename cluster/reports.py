@@ -47,6 +47,7 @@ class ClusterStatus:
     healthy: groups that are up
     draining: new requests are refused
     requests: tenant/id of the requests whose sequences the reports name, by lease
+    missing: expected groups that have not been up since the router's start
     oldest_wait_s: how long the request that has waited longest has waited, 0 if none waits
     """
 
@@ -57,4 +58,5 @@ class ClusterStatus:
     audits_total: int = 0
     audit_faults_total: int = 0
     requests: Mapping[str, str] = field(default_factory=dict)
+    missing: frozenset[str] = frozenset()
     oldest_wait_s: float = 0.0

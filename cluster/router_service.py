@@ -146,6 +146,7 @@ class RouterService:
             audits_total=self.reports.audits,
             audit_faults_total=self.reports.audit_faults,
             requests=self.reports.requests(self.router.leases),
+            missing=frozenset(self.router.fleet.missing),
             oldest_wait_s=self.callers.oldest_wait_s(now),
         )
 

@@ -82,7 +82,7 @@ def check_pin(spec: GenerationSpec, prompt_ids: TokenIds, status: ClusterStatus)
             "is not supported here: nothing is cached after a request (engine.prefix_cache, "
             "engine.max_pinned_share, or a model with recurrent layers)",
         )
-    if len(prompt_ids) > longest:
+    if len(prompt_ids) > longest and not status.missing:
         refuse(
             "pin_s",
             f"must not be set for a prompt of {len(prompt_ids):,} tokens: the pins of a tenant "

@@ -85,7 +85,8 @@ class Preparation:
         ids = await self._prompts.encode(spec.prompt, tenant, status)
         codec = self._codec
         check_tokens(spec, ids, info.vocab_size, codec.unused_token_ids, codec.placeholder_tokens)
-        longest = served.max_model_len(status)
+        output = spec.params.max_tokens if spec.max_tokens_given else spec.params.min_tokens
+        longest = served.longest_context(status, len(ids) + max(output, 1))
         if len(ids) >= longest:
             raise served.context_exceeded(len(ids), status)
         check_pin(spec, ids, status)

@@ -63,7 +63,7 @@ class Prompts:
                 for message in prompt.chat.messages
             )
             tokens = -(-chars // self._codec.max_token_chars)
-        if tokens > served.max_model_len(status):
+        if tokens > served.longest_context(status, tokens):
             raise served.context_exceeded(tokens, status)
 
     async def encode(self, prompt: validate.Prompt, tenant: str, status: ClusterStatus) -> TokenIds:
@@ -125,13 +125,12 @@ class Prompts:
     ) -> TokenIds:
         if not self._codec.chat_template_names and not chat.template:
             refuse("prompt.chat", "must not be set: the model has no chat template; send text")
-        longest = served.max_model_len(status)
 
         def encode() -> TokenIds:
             pieces = self._codec.render_chat(chat)
             chars = sum(len(piece.text) for piece in pieces)
             tokens = -(-chars // self._codec.max_token_chars)
-            if tokens > longest:
+            if tokens > served.longest_context(status, tokens):
                 raise served.context_exceeded(tokens, status)
             return self._codec.encode_pieces(pieces)
 

@@ -16,6 +16,7 @@ from kvmesh.workers.loads import EngineInfo
 logger = logging.getLogger(__name__)
 
 REFRESH_PERIOD_S = 1.0
+UNKNOWN_CONTEXT = 1 << 40  # tokens, more than any has
 
 
 class Served:
@@ -85,6 +86,15 @@ def any_info(status: ClusterStatus) -> EngineInfo:
 def max_model_len(status: ClusterStatus) -> int:
     """The longest context of any group, in tokens; for a request, see `accepting`."""
     return max(report.info.max_model_len for report in status.reports.values())
+
+
+def longest_context(status: ClusterStatus, tokens: int) -> int:
+    """What a request of so many tokens, prompt and output, must fit in.
+
+    A group that is missing may hold what none of the others can, so the router decides.
+    """
+    known = max_model_len(status)
+    return UNKNOWN_CONTEXT if status.missing and tokens > known else known
 
 
 def accepting(status: ClusterStatus, accepts: AcceptedFormats) -> ClusterStatus:

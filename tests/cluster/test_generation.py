@@ -234,6 +234,21 @@ async def test_bad_requests_are_refused_and_others_still_served(
     assert (await read(one.stream(make_request(5)))).tokens[0] == answer(PROMPT, 5)
 
 
+@pytest.mark.parametrize(
+    "request_", [make_request(5, prompt=[2] * 800), make_request(800)], ids=["prompt", "output"]
+)
+async def test_what_only_a_missing_group_may_hold_waits_for_it(
+    one: Machine, request_: pb.GenerateRequest
+) -> None:
+    one.router.router.fleet.missing.add("g1")
+    await one.ingress.refresh()
+    waits = asyncio.create_task(read(one.stream(request_)))
+    await one.until(lambda: waits.done() or len(one.router.callers) > 0)
+    assert not waits.done()
+    waits.cancel()
+    await one.until(lambda: not one.router.callers)
+
+
 # Stop strings
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -207,6 +208,7 @@ async def test_what_no_context_holds_is_refused_as_it_arrives(status: ClusterSta
         with pytest.raises(ContextExceededError) as caught:
             prompts.check_length(prompt, status)
         assert str(longest) in str(caught.value)
+        prompts.check_length(prompt, replace(status, missing=frozenset({"g9"})))
     prompts.check_length(pb.Prompt(text=text[1:]), status)
 
 

@@ -134,3 +134,10 @@ def test_the_context_is_the_longest_of_all_groups() -> None:
     assert error.available_bytes == longest.capacity_bytes
     assert "6000" in str(error).replace(",", "")
     assert "5000" in str(error).replace(",", "")
+
+
+def test_what_known_groups_do_not_hold_is_not_refused_while_one_is_missing() -> None:
+    missing = replace(MIXED, missing=frozenset({"longer"}))
+    for tokens, known, unknown in ((5000, 5000, 5000), (5001, 5000, served.UNKNOWN_CONTEXT)):
+        assert served.longest_context(MIXED, tokens) == known
+        assert served.longest_context(missing, tokens) == unknown
