@@ -11,6 +11,7 @@ from kvmesh.cluster.routing.verdict import Reason, Verdict
 from kvmesh.v1 import kvmesh_pb2 as pb
 
 _FITS_NOW = frozenset({Reason.CHOSEN, Reason.WORSE})
+_WAITS = "it has room, but the request waits for its turn"
 
 
 def estimate_reply(
@@ -29,6 +30,8 @@ def estimate_reply(
         report = status.reports.get(verdict.group)
         group = _group(verdict, report)
         group.feasible_ever &= estimate.fits_ever  # its tenant's quota may be too small
+        if group.feasible_now and not estimate.fits_now:
+            group.feasible_now, group.reason = False, _WAITS
         if report is not None:
             geometry = report.info.geometry
             need = geometry.peak_need(request.prompt_tokens + request.max_tokens)

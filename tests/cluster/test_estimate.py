@@ -190,10 +190,10 @@ def test_groups_wait_as_long_as_what_stands_in_their_way() -> None:
     }
     known = ClusterStatus(RouterStatus(1, True, 0, 1, 0, 0, (), 0, 0, 0, {}), reports, frozenset())
     request = PlaceRequest("estimate", 40, 8, sequences=3)
-    found = BudgetEstimate(True, False, None, 7.0, tuple(verdicts))
+    found = BudgetEstimate(True, True, None, 7.0, tuple(verdicts))
     reply = estimate_reply(request, found, known)
     assert (reply.prompt_tokens, reply.max_tokens, reply.group) == (40, 8, "")
-    assert (reply.feasible_now, reply.feasible_ever, reply.projected_wait_s) == (False, True, 7.0)
+    assert (reply.feasible_now, reply.feasible_ever, reply.projected_wait_s) == (True, True, 7.0)
     groups = {group.group: group for group in reply.groups}
     waits = {
         name: group.projected_wait_s
@@ -209,6 +209,9 @@ def test_groups_wait_as_long_as_what_stands_in_their_way() -> None:
     assert not groups["later"].HasField("cost_s")
     assert (groups["unknown"].kv_format, groups["unknown"].needed_bytes) == ("", 1)
     assert groups["now"].needed_bytes == 3 * info.geometry.bytes_of(info.geometry.peak_need(48))
+    queued = estimate_reply(request, replace(found, fits_now=False), known).groups[0]
+    assert (queued.feasible_now, queued.feasible_ever, queued.projected_wait_s) == (False, True, 7)
+    assert queued.reason == "it has room, but the request waits for its turn"
     unknown = estimate_reply(request, replace(found, projected_start_s=None), known)
     assert not unknown.HasField("projected_wait_s")
     assert not any(group.HasField("projected_wait_s") for group in unknown.groups)
