@@ -16,6 +16,8 @@ from kvmesh.cluster.messages import Submit
 from kvmesh.cluster.telemetry.traces import RequestTrace
 from kvmesh.workers.request import EndReason, SequenceDelta
 
+UNREAD_PERIOD_S = 5.0
+
 
 class Attempt:
     """Over when every sequence has ended; a `Receiver` of their deltas until then.
@@ -57,7 +59,12 @@ class Attempt:
         self._held.submitted = True
         try:
             async with asyncio.timeout(timeout_s):
-                await self._end
+                while not self._end.done():
+                    await asyncio.wait((self._end,), timeout=UNREAD_PERIOD_S)
+                    if self._output.unread:
+                        # A stop string may be in it, which no reader finds.
+                        self._output.absorb()
+                        self.end(self._output.take_cut())
         finally:
             link.forget(message.lease.lease_id)
         if self._failure is not None:

@@ -14,6 +14,8 @@ from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.plan import TokenScores
 from kvmesh.workers.request import EndReason, PrefillProgress, SequenceDelta
 
+MUCH_UNREAD = 256  # deltas of a choice
+
 
 class RequestOutput:
     """The choices of a request, and what their reader has not taken yet.
@@ -88,6 +90,11 @@ class RequestOutput:
                 self.queue.status.generating()
                 if choice.finish is None:  # otherwise they follow a stop string
                     self._accept(choice, deltas)
+
+    @property
+    def unread(self) -> bool:
+        """Whether much has come that nobody has taken."""
+        return any(len(deltas) >= MUCH_UNREAD for deltas in self._deltas)
 
     def catch_up(self) -> None:
         """Send the text that a resuming client lacks."""

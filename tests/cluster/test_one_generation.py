@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from kvmesh.cluster.errors import EngineLostError, RequestDeadlineError, RequestFaultError
-from kvmesh.cluster.ingress import generation
+from kvmesh.cluster.ingress import attempt, generation
 from kvmesh.cluster.ingress.answers.call_ids import call_id
 from kvmesh.cluster.ingress.answers.plan import NO_PLAN, AnswerPlan
 from kvmesh.cluster.ingress.answers.reader import AnswerForm
@@ -29,6 +29,7 @@ from kvmesh.cluster.ingress.generation import (
     Generation,
     IngressContext,
 )
+from kvmesh.cluster.ingress.output import MUCH_UNREAD
 from kvmesh.cluster.ingress.prepare import PreparedRequest
 from kvmesh.cluster.ingress.prompts import cache_salt
 from kvmesh.cluster.ingress.resume import Resume, ResumedChoice
@@ -575,6 +576,25 @@ async def test_a_stop_string_ends_its_own_sequence_alone() -> None:
         own = [delta for delta in deltas if delta.index == index]
         assert "".join(delta.text for delta in own) == text
         assert [token for delta in own for token in delta.token_ids] == tokens
+
+
+async def test_a_stop_string_that_nobody_reads_ends_its_sequence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attempt, "UNREAD_PERIOD_S", 0.0)
+    alone = Alone(stop=("CD",), max_tokens=2 * MUCH_UNREAD)
+    alone.place()
+    assert (await asyncio.wait_for(anext(alone.stream), PATIENCE_S)).HasField("started")
+    await alone.submitted()
+    alone.deliver("l1.0", 2, 3)
+    for _ in range(MUCH_UNREAD - 1):
+        assert not alone.around.ended
+        alone.deliver("l1.0", 5)
+    await alone.until(lambda: bool(alone.around.ended))
+    assert alone.around.ended == [(["l1.0"], EndReason.STOP)]
+    alone.deliver("l1.0", end=EndReason.STOP)
+    await over(alone.read())
+    assert alone.kinds() == ["delta", "choice_finished", "usage"]
 
 
 # What it reports
