@@ -390,7 +390,7 @@ def test_without_any_group_the_answer_is_to_come_back() -> None:
     assert isinstance(error, NoGroupError) and error.needed_bytes is None, "not known"
 
 
-def test_a_lease_is_released_once_whoever_sees_its_end_first() -> None:
+def test_a_lease_is_released_once_even_if_its_ingress_sees_its_end_first() -> None:
     router = one_at_a_time()
     first = granted(router.place(ask("a"), 0.0))
     router.finished(first.lease.lease_id)
