@@ -310,6 +310,13 @@ def test_unset_optional_numbers_are_none() -> None:
     assert responses.mirror(types.Queued, pb.Queued(projected_wait_s=0)).projected_wait_s == 0
 
 
+def test_a_reply_may_be_larger_than_grpcs_default() -> None:
+    """Such as the log-probabilities of a long prompt."""
+    reply = pb.GenerateResponse(choices=[pb.Choice(text="x" * 5_000_000)])
+    with serving(ScriptedServicer(answering(reply))) as target, Client(target) as client:
+        assert len(client.generate("hi").text) == 5_000_000
+
+
 def test_all_fields_of_a_completion() -> None:
     reply = pb.GenerateResponse(
         request_id="r",

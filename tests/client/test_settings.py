@@ -176,6 +176,15 @@ def test_options_of_a_derived_client() -> None:
     assert fake.server.requests[-1].model == "m1"
 
 
+def test_streams_name_the_clients_model_as_other_calls_do() -> None:
+    fake = FakeTransport()
+    client = Client(transport=fake, model="m1")
+    list(client.generate_stream("hi"))
+    list(client.chat_stream([]))
+    list(client.generate_stream("hi", model="mine"))
+    assert [request.model for request in fake.server.requests] == ["m1", "m1", "mine"]
+
+
 def sent_by(fake: FakeTransport, client: Client) -> dict[str, str | bytes]:
     client.tokenize("hi")
     return fake.server.metadata[-1]

@@ -169,6 +169,21 @@ async def test_who_leaves_in_the_moment_of_a_refusal_has_left() -> None:
     assert wire.take() == []
 
 
+async def test_a_placement_that_comes_as_its_caller_leaves_is_given_back() -> None:
+    link, wire = linked()
+    leave = asyncio.Event()
+    waits = asyncio.create_task(hold(link, leave, [], submitted=False))
+    await turns()
+    (sent,) = wire.take()
+    assert isinstance(sent, Place)
+    waits.cancel()  # and in the same turn of the loop
+    answer = placed(sent.call)
+    link.received(answer)
+    await asyncio.wait([waits])
+    assert waits.cancelled()
+    assert Release(answer.lease.lease_id) in wire.take()
+
+
 async def test_open_calls_are_made_again_over_the_next_connection() -> None:
     link, wire = linked()
     leave = asyncio.Event()

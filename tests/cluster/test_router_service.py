@@ -230,6 +230,18 @@ def test_requests_of_a_lost_ingress_wait_no_longer() -> None:
     assert router_status(routed.service.router, routed.now).live_requests == 1
 
 
+def test_what_waits_next_starts_and_hears_of_it_when_the_first_gives_up() -> None:
+    routed = Routed()
+    routed.engine("g0", max_sequences=16)
+    ingress, other = FarEnd(routed), FarEnd(routed)
+    placed(other, "runs", 1, prompt=800)
+    ingress.says(Place(1, ask("large", 1400)))
+    other.says(Place(2, ask("next", 160, 160)))
+    assert routed.waiting == 2
+    ingress.says(Cancel(1))
+    assert [x.call for x in other.all_of(Placed)] == [1, 2]  # type: ignore[attr-defined]
+
+
 def test_no_request_of_a_lost_ingress_starts_because_others_of_it_are_gone() -> None:
     routed = Routed()
     routed.engine("g0", max_sequences=16)

@@ -479,6 +479,18 @@ def test_of_two_adopted_leases_of_a_request_the_newer_is_its_own() -> None:
         assert router.abort("f1", 1.0) == [Withdrawn("g0", "3-5")]
 
 
+def test_beyond_a_groups_capacity_nothing_is_available_and_not_less() -> None:
+    """The contract's numbers of bytes have no sign."""
+    router = Router(RouterConfig(), epoch=9, now=0.0, expected_groups=["g0"])
+    router.group_up("g0", make_info(), [foreign(1, 4, 5000)], 0.0)
+    found = router.admission.estimate(ask("a"), 0.0)
+    assert [verdict.available_bytes >= 0 for verdict in found.verdicts] == [True]
+    assert not found.fits_now and found.fits_ever
+    own, *_ = router.place(ask("a"), 0.0)
+    assert isinstance(own, Enqueued)
+    assert all(verdict.available_bytes >= 0 for verdict in own.verdicts)
+
+
 def test_the_id_of_a_former_routers_request_is_free_when_its_ingress_has_seen_its_end() -> None:
     router = adopted()
     router.finished("3-1")
