@@ -16,6 +16,7 @@ import grpc
 import grpc.aio
 
 from kvmesh.client.checks import Metadata
+from kvmesh.client.credentials import is_local
 from kvmesh.client.errors import ClosedError, InvalidRequestError, UsageError
 from kvmesh.client.options import TLS
 from kvmesh.client.transport import GENERATE_STREAM, Method, Reply, Request, RpcFailure
@@ -120,7 +121,7 @@ class GrpcTransport:
         interceptors: Sequence[Interceptor] = (),
         silence_timeout_s: float | None = None,
     ) -> Self:
-        options = _options(tls)
+        options = _options(target, tls)
         channel = (
             grpc.insecure_channel(target, options)
             if tls is None
@@ -234,7 +235,7 @@ class AsyncGrpcTransport:
         interceptors: Sequence[AsyncInterceptor] = (),
         silence_timeout_s: float | None = None,
     ) -> Self:
-        options = _options(tls)
+        options = _options(target, tls)
         if tls is None:
             return cls(
                 lambda: grpc.aio.insecure_channel(target, options, interceptors=interceptors),
@@ -344,8 +345,12 @@ def _lost(silence_timeout_s: float | None) -> RpcFailure:
     return RpcFailure("UNAVAILABLE", f"the server has sent nothing for {silence_timeout_s:g} s")
 
 
-def _options(tls: TLS | None) -> list[tuple[str, int | str]]:
+def _options(target: str, tls: TLS | None) -> list[tuple[str, int | str]]:
     options = list(_CHANNEL_OPTIONS)
+    if is_local(target):
+        # gRPC would use the proxy of $http_proxy even for this machine, and the proxy's host is
+        # another: it does not reach the server, and would see the key.
+        options.append(("grpc.enable_http_proxy", 0))
     if tls is not None and tls.server_name is not None:
         options.append(("grpc.ssl_target_name_override", tls.server_name))
     return options

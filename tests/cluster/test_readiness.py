@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from kvmesh.cluster import readiness
 from kvmesh.cluster.errors import StartError
 from kvmesh.cluster.readiness import until_serving
+from tests.client.proxy import http_proxy
 
 PATIENCE_S = 120.0
 
@@ -82,3 +83,13 @@ def test_a_cluster_that_never_serves_did_not_start(ingresses: tuple[Ingresses, s
     waits = until_serving(target, 2, 0.3)
     with pytest.raises(StartError, match="does not return SERVING"):
         list(waits)
+
+
+def test_a_proxy_of_the_environment_is_not_asked(
+    ingresses: tuple[Ingresses, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servicer, target = ingresses
+    servicer.serving = [True, True]
+    with http_proxy(monkeypatch) as asked:
+        assert list(until_serving(target, 2, PATIENCE_S)) == []
+    assert asked == []
