@@ -104,7 +104,7 @@ def _on_gpus(config: ClusterConfig, path: Path, nodes: NodeGpus) -> tuple[Layout
     from kvmesh.cluster.planner.model import planned_model
     from kvmesh.cluster.planner.plan import Target
 
-    model = planned_model(str(path))
+    model = planned_model(str(path)).with_rope(config.engine.rope)
     count, largest = sum(map(len, nodes)), max(map(len, nodes))
     ranks = config.layout.ranks or count
     if ranks > count:

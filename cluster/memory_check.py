@@ -23,7 +23,7 @@ def check_memory(config: ClusterConfig, facts: ModelFacts, *, has_gpus: bool) ->
     What a GPU has free for KV is known only to its ranks, which check that; what is set is
     checked here, by the same arithmetic.
 
-    has_gpus: whether `device: auto` means GPUs
+    facts: without any group's own RoPE scaling; has_gpus: whether `device: auto` means GPUs
     """
     for setting, engine in engines_by_setting(config).items():
         _check_context(setting, engine, facts)
@@ -37,10 +37,14 @@ def check_memory(config: ClusterConfig, facts: ModelFacts, *, has_gpus: bool) ->
 
 
 def _check_context(setting: str, engine: EngineSection, facts: ModelFacts) -> None:
-    if engine.max_model_len is not None and engine.max_model_len > facts.max_model_len:
+    longest, scaled = facts.max_model_len, ""
+    if engine.rope is not None:
+        _, longest = engine.rope.positions(facts.trained_len)
+        scaled = f" with {setting}.rope"
+    if engine.max_model_len is not None and engine.max_model_len > longest:
         raise ConfigError(
             f"{setting}.max_model_len",
-            f"must be at most {facts.max_model_len}, the context of {facts.name}; "
+            f"must be at most {longest}, the context of {facts.name}{scaled}; "
             f"got {engine.max_model_len}",
         )
 

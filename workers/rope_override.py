@@ -26,5 +26,10 @@ class RopeOverride(Settings):
         description="Tokens of context the model was trained for; null: as its configuration says",
     )
 
+    def positions(self, trained_len: int) -> tuple[int, int]:
+        """Positions of training, and of service; trained_len: as the model's configuration says"""
+        trained_len = self.trained_len or trained_len
+        return trained_len, int(trained_len * self.factor)
+
     def __str__(self) -> str:
         return f"{self.type}, factor {self.factor:g}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from kvmesh.workers.model.rope_scaling import RopeScaling
 from kvmesh.workers.model.sizes import ModelSizes
 from kvmesh.workers.model.standard_keys import standard_keys
 from kvmesh.workers.model.weight_coding import StoredWeights
+from kvmesh.workers.rope_override import RopeOverride
 
 if TYPE_CHECKING:
     from kvmesh.workers.model.weight_counts import WeightCounts
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 class PlannedModel:
     """name: as `kvmesh serve --model` takes it
     config: of its config.json
-    max_model_len: positions that the model supports, in tokens
+    max_model_len: positions that the model supports, in tokens; trained_len: those that it was
+        trained for before its RoPE was scaled
     obstacle: why this version does not serve the model, None if it does
     """
 
@@ -37,7 +39,14 @@ class PlannedModel:
     sizes: ModelSizes
     counts: WeightCounts
     max_model_len: int
+    trained_len: int
     obstacle: str | None
+
+    def with_rope(self, rope: RopeOverride | None) -> PlannedModel:
+        """The model with another scaling in place of its own, if one is set."""
+        if rope is None:
+            return self
+        return replace(self, max_model_len=rope.positions(self.trained_len)[1])
 
     def weight_bytes(self, weight_format: str, tp: int = 1, kvp: int = 1) -> int:
         """Of the rank that has most; weight_format: as in `engine`"""
@@ -114,12 +123,14 @@ def _of_config(config: Mapping[str, Any], source: Path | str, name: str) -> Plan
             "model",
             f"{source}: max_position_embeddings must be a positive integer, got {positions!r}",
         )
+    scaling = RopeScaling.of(config)
     return PlannedModel(
         name=name,
         config=config,
         sizes=sizes,
         counts=WeightCounts.of(sizes, config, source),
-        max_model_len=RopeScaling.of(config).max_model_len(with_positions),
+        max_model_len=scaling.max_model_len(with_positions),
+        trained_len=scaling.trained_len(with_positions),
         obstacle=_obstacle(config, source),
     )
 

@@ -90,6 +90,20 @@ def test_a_context_that_the_model_does_not_have(facts: ModelFacts) -> None:
     assert (error.field, "at most 8192" in error.message) == ("engine.max_model_len", True)
 
 
+def test_a_context_is_that_of_the_groups_own_rope(facts: ModelFacts) -> None:
+    facts = dataclasses.replace(facts, trained_len=4096)
+    plain, yarn = {"kv_memory_bytes": "1GiB"}, {"type": "yarn", "factor": 4}
+    for rope, longest in ((yarn, 16384), ({**yarn, "trained_len": 5000}, 20000)):
+        engine = {**plain, "rope": rope, "max_model_len": longest}
+        check_memory(build({"engine": engine}), facts, has_gpus=False)
+        error = refused(facts, {**engine, "max_model_len": longest + 1})
+        assert f"at most {longest}, the context of {facts.name} with engine.rope" in error.message
+    groups: list[dict[str, Any]] = [{"rope": yarn}, {"rope": None}]
+    check_memory(build({"engine": plain, "groups": groups}), facts, has_gpus=False)
+    groups = [{**group, "max_model_len": 16384} for group in groups]
+    assert refused(facts, plain, groups=groups).field == "groups.1.max_model_len"
+
+
 def test_a_format_that_the_model_does_not_fit(facts: ModelFacts) -> None:
     odd = dataclasses.replace(facts, head_dim=20)
     error = refused(odd, {"kv_format": "k3v3"})

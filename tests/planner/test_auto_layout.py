@@ -110,6 +110,13 @@ def test_a_context_that_no_memory_holds_is_cut_only_if_it_was_not_set(tmp_path: 
     assert shape(config) == (1, 1, 1)
 
 
+def test_the_context_is_that_of_the_rope_that_is_set(tmp_path: Path) -> None:
+    nodes, engine = [[H100] * 8], {"rope": {"type": "yarn", "factor": 4}}
+    config = laid_out("qwen3-8b", tmp_path, nodes, {"engine": engine})
+    longest = 4 * KNOWN_MODELS["qwen3-8b"].config["max_position_embeddings"]
+    assert config.layout.reason is not None and f" × {longest:,} tokens" in config.layout.reason
+
+
 def test_gpus_of_a_ray_cluster_are_known_by_their_type() -> None:
     nodes = [
         {"CPU": 8.0},

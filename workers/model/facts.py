@@ -129,8 +129,7 @@ def read_facts(path: Path, rope: RopeOverride | None = None) -> ModelFacts:
             "model", f"{path / 'config.json'}: its positions cannot be read: {error!r}"
         ) from error
     if rope is not None:
-        trained_len = rope.trained_len or trained_len
-        max_model_len = int(trained_len * rope.factor)
+        trained_len, max_model_len = rope.positions(trained_len)
     num_kv_heads = config.get("num_key_value_heads") or architecture.kv_heads or heads
     head_dim = config.get("head_dim") or architecture.head_dim or integers["hidden_size"] // heads
     values_in_keys = 0
