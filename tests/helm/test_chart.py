@@ -226,9 +226,17 @@ def test_the_head_needs_nothing_that_uninstalling_removes(file: Path) -> None:
     head = cluster_of(rendered(file))["headGroupSpec"]["template"]["spec"]
     assert [volume for volume in head["volumes"] if "emptyDir" not in volume] == []
     assert head.get("serviceAccountName") not in owned
-    assert not owned & set(texts_in(head))
+    assert not owned & set(texts_in(without_optional(head)))
     workers = cluster_of(rendered(file))["workerGroupSpecs"]
     assert owned & set(texts_in(workers)), "this would find them"
+
+
+def without_optional(value: Any) -> Any:
+    """Without references that a pod also starts without."""
+    if isinstance(value, dict):
+        inner = {name: without_optional(found) for name, found in value.items()}
+        return {} if value.get("optional") else inner
+    return [without_optional(found) for found in value] if isinstance(value, list) else value
 
 
 def texts_in(value: Any) -> list[str]:
@@ -476,16 +484,26 @@ def test_a_models_volume_is_shared_and_kept() -> None:
         ({"existingSecret": "mine", "existingSecretKey": "hf"}, "mine", "hf"),
     ],
 )
-def test_the_hubs_token_is_in_workers_and_not_in_the_head(
+def test_the_hubs_token_is_in_workers_and_if_it_exists_in_the_head(
     hub: dict[str, str], name: str, key: str
 ) -> None:
     objects = render({"model": {"hub": hub}})
     head, worker = containers(objects)
-    (token,) = (x for x in worker["env"] if x["name"] == "HF_TOKEN")
-    assert token["valueFrom"] == {"secretKeyRef": {"name": name, "key": key}}
-    assert "HF_TOKEN" not in texts_in(head)
+    secret = {"name": name, "key": key}
+    for container, expected in ((worker, secret), (head, {**secret, "optional": True})):
+        (token,) = (x for x in container["env"] if x["name"] == "HF_TOKEN")
+        assert token["valueFrom"] == {"secretKeyRef": expected}
     rest = [found for found in objects if found["kind"] != "Secret"]
     assert "hf_secret" not in json.dumps(rest)
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_no_pod_asks_the_hub_offline(offline: bool) -> None:
+    """Serve pins the model on the head: to a commit of today, which the volume may not have."""
+    for container in containers(render({"model": {"hub": {"offline": offline}}})):
+        variables = {x["name"]: x.get("value") for x in container["env"]}
+        assert variables.get("HF_HUB_OFFLINE") == ("1" if offline else None)
+        assert "HF_TOKEN" not in variables
 
 
 def test_alerts_and_dashboards_are_those_in_files(tmp_path: Path) -> None:

@@ -152,6 +152,17 @@ def test_a_commit_that_nobody_knows_is_not_pinned(
     assert "owner/name" in caplog.text
 
 
+def test_offline_without_a_cache_nothing_is_pinned(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on the head, which has no volume: those that load the model know its commit."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(
+        httpx2.HTTPTransport, "handle_request", lambda *_: pytest.fail("the hub is asked")
+    )
+    assert pinned("owner/name") == "owner/name"
+
+
 def test_weights_that_are_not_read_are_not_fetched(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,16 +31,28 @@
 - name: HF_HOME
   value: {{ $volume.mountPath }}/hub
 {{- end }}
-{{- if .Values.model.hub.offline }}
+{{- include "kvmesh.hubEnv" (dict "root" . "head" false) }}
+{{- end -}}
+
+{{/* Variables of all that ask the hub: workers fetch the model there, and Serve builds the
+application on the head, which pins the model's commit. Takes {root, head}. The head starts
+without the Secret, too: see its volumes. */}}
+{{- define "kvmesh.hubEnv" -}}
+{{- if .root.Values.model.hub.offline }}
 - name: HF_HUB_OFFLINE
   value: "1"
 {{- end }}
-{{- with include "kvmesh.hubSecret" . }}
+{{- $hub := .root.Values.model.hub -}}
+{{- $head := .head -}}
+{{- with include "kvmesh.hubSecret" .root }}
 - name: HF_TOKEN
   valueFrom:
     secretKeyRef:
       name: {{ . }}
-      key: {{ ternary $.Values.model.hub.existingSecretKey "token" (not (empty $.Values.model.hub.existingSecret)) }}
+      key: {{ ternary $hub.existingSecretKey "token" (not (empty $hub.existingSecret)) }}
+      {{- if $head }}
+      optional: true
+      {{- end }}
 {{- end }}
 {{- end -}}
 
