@@ -12,6 +12,7 @@ from typing import IO, Any
 
 from kvmesh.cluster.errors import StartError
 from kvmesh.cluster.keys import use_ray_token
+from kvmesh.cluster.local_ray import own_sigterm
 
 CONNECT_TIMEOUT_S = 10.0
 # Ray's C++ part writes it to stderr once a second; Python then sees a lost connection.
@@ -30,7 +31,7 @@ def join_ray(address: str) -> Any:
     import ray
     from ray.exceptions import AuthenticationError, RayError
 
-    with _captured_stderr() as written:
+    with _captured_stderr() as written, own_sigterm():
         try:
             return ray.init(address, logging_level=logging.ERROR, log_to_driver=False)
         except (RayError, ConnectionError, RuntimeError, ValueError) as error:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,7 +63,8 @@ class LocalRay:
             with _temporary_directory(scratch):
                 self._node = start_node(config, self._directory / "ray", self._ports[Port.GCS])
             ray = import_ray()
-            context = ray.init(self._node.address, logging_level="ERROR", log_to_driver=False)
+            with own_sigterm():
+                context = ray.init(self._node.address, logging_level="ERROR", log_to_driver=False)
         except Exception as error:  # the class that Ray raises when its node is not up in time
             words = " ".join(str(error).split()) + _gcs_words(self._directory)
             raise StartError(f"Ray did not start: {words}") from error
@@ -95,6 +98,27 @@ class LocalRay:
             else:
                 os.environ[name] = value
         self._environ = {}
+
+
+@contextlib.contextmanager
+def own_sigterm() -> Iterator[None]:
+    """Keep a program's handler of SIGTERM, which `ray.init` replaces with one that exits.
+
+    That one would do so at every signal, also within the cleanup after the first.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    is_main = threading.current_thread() is threading.main_thread()  # elsewhere Ray leaves it
+    if not is_main or not callable(handler):
+        yield
+        return
+    try:
+        yield
+    except SystemExit:
+        signal.signal(signal.SIGTERM, handler)
+        signal.raise_signal(signal.SIGTERM)  # it came meanwhile
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def import_ray() -> Any:

@@ -1,15 +1,16 @@
-"""Ctrl-C and SIGTERM: the first shuts down gracefully, the second does not wait."""
+"""Ctrl-C, SIGTERM and SIGHUP: the first shuts down gracefully, the second does not wait."""
 
 from __future__ import annotations
 
 import _thread
 import contextlib
+import os
 import signal
 from collections.abc import Callable, Iterator
 from queue import Empty, SimpleQueue
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stop(BaseException):
@@ -28,6 +29,14 @@ class StopRequest:
         self._woken: SimpleQueue[None] = SimpleQueue()  # its `put` may interrupt its `get`
         self._interrupt = False
         self._hurry: Callable[[], None] | None = None
+        # Under nohup, what closes the terminal is none of this process's business.
+        ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        self._before = {
+            number: signal.getsignal(number)
+            for number in SIGNALS
+            if number != signal.SIGHUP or not ignored
+        }
+        self._terminals = [stream for stream in (1, 2) if os.isatty(stream)]
 
     def on_repeat(self, hurry: Callable[[], None]) -> None:
         """Call `hurry` at every signal after the first."""
@@ -59,11 +68,18 @@ class StopRequest:
             check()
 
     def install(self) -> None:
-        for number in SIGNALS:
+        for number in self._before:
             signal.signal(number, self._handle)
+
+    def restore(self) -> None:
+        """Have the handlers that were there before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         first, self._requested = not self._requested, True
+        if number == signal.SIGHUP:
+            self._leave_terminal()
         self._woken.put(None)
         if not first and self._hurry is not None:
             _thread.start_new_thread(self._hurry, ())
@@ -71,15 +87,21 @@ class StopRequest:
             self._interrupt = False  # once, so that the cleanup is not interrupted
             raise Stop()
 
+    def _leave_terminal(self) -> None:
+        """Write no more to a terminal that is closed, which would fail within the cleanup."""
+        if self._terminals:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for stream in self._terminals:
+                os.dup2(nowhere, stream)
+            os.close(nowhere)
+
 
 @contextlib.contextmanager
 def hold_signals() -> Iterator[StopRequest]:
-    """Handle SIGINT and SIGTERM, and restore the previous handlers at the end."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    """Handle the signals that end a program, and restore the previous handlers at the end."""
     request = StopRequest()
     request.install()
     try:
         yield request
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        request.restore()
