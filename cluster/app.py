@@ -40,6 +40,7 @@ from kvmesh.cluster.router_finder import router_finder
 from kvmesh.cluster.router_service import RouterService
 from kvmesh.cluster.routing.autoscaling import AutoscalingPolicy
 from kvmesh.cluster.routing.config import RouterConfig
+from kvmesh.cluster.serve_config import STOP_S
 from kvmesh.cluster.serve_replicas import replicas_wanted, set_replicas
 from kvmesh.cluster.telemetry.logs import use_serve_log
 from kvmesh.cluster.telemetry.meters import EngineMeters, IngressMeters, RouterMeters
@@ -56,8 +57,6 @@ Reply = TypeVar("Reply")
 FAILURE_POLL_S = 0.25
 HEALTH_TIMEOUT_S = 5.0  # Serve replaces a process that misses three health checks in a row
 FLUSH_S = 0.5  # time for a failed engine's last messages to reach its clients
-# Of Serve, before a process drains, and then of the process, to hand over and to end its ranks.
-STOP_S = 20.0
 LIVE_POLL_S = 0.1
 LOG_LINES = {"encoding": "JSON", "enable_access_log": False}
 # Of a group: it runs, or the router says whether it does. Only what Serve scales begins with none.

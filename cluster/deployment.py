@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvmesh.cluster.errors import StartError
 from kvmesh.cluster.serve_config import APP_NAME
+
+POLL_S = 0.2
 
 
 def check_running(config: Mapping[str, Any]) -> None:
@@ -77,16 +81,25 @@ def submit(config: Mapping[str, Any]) -> None:
     _quieten_serve()
 
 
-def withdraw() -> None:
-    """End the application, if Serve runs, and wait until its processes have ended."""
+def withdraw(timeout_s: float, hurry: threading.Event) -> bool:
+    """End the application, if Serve runs, and wait until its processes have ended.
+
+    Returns whether they have: not once `hurry` is set, nor after `timeout_s`.
+    """
     from ray.serve.context import _get_global_client
 
     client = _get_global_client(raise_if_no_controller_running=False)
     if client is None:
-        return
+        return True
     # First by the configuration, or Serve would start it again when its controller recovers.
     _apply({}, [])
-    client.delete_apps([APP_NAME])
+    # Without its wait, which nothing ends before a minute, and which is shorter than a drain.
+    client.delete_apps([APP_NAME], blocking=False)
+    deadline = time.monotonic() + timeout_s
+    while client.get_serve_status(APP_NAME).app_status.status != "NOT_STARTED":
+        if time.monotonic() > deadline or hurry.wait(POLL_S):
+            return False
+    return True
 
 
 def _apply(config: Mapping[str, Any], applications: Sequence[Mapping[str, Any]]) -> None:

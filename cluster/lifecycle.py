@@ -26,7 +26,14 @@ from kvmesh.cluster.memory_check import check_memory
 from kvmesh.cluster.ports import Port, PortBlock, take_ports
 from kvmesh.cluster.readiness import until_running, until_serving
 from kvmesh.cluster.resources import alive, check_devices, check_layouts, check_nodes, logical_cpus
-from kvmesh.cluster.serve_config import APP_NAME, anywhere, behind_proxy, for_nodes, serve_config
+from kvmesh.cluster.serve_config import (
+    APP_NAME,
+    STOP_S,
+    anywhere,
+    behind_proxy,
+    for_nodes,
+    serve_config,
+)
 from kvmesh.cluster.telemetry.gpus import local_gpu_memory
 from kvmesh.workers.model.facts import read_facts
 from kvmesh.workers.model.source import resolve_model
@@ -211,17 +218,12 @@ class Cluster:
                 self._wait_for_requests()
             self._progress("stopping Ray", None)
         finally:
-            failure = self._end(ray)
-        if failure is not None:
-            logger.error(
-                "the Ray cluster at %s may still run the application, which could not be "
-                "withdrawn: %s",
-                self._config.ray.address,
-                " ".join(str(failure).split()) or type(failure).__name__,
-            )
+            left = self._end(ray)
+        if left is not None:
+            logger.warning("the Ray cluster at %s %s", self._config.ray.address, left)
 
-    def _end(self, ray: Any) -> Exception | None:
-        """Why the application may still run in a Ray cluster that was joined."""
+    def _end(self, ray: Any) -> str | None:
+        """What is left of the application in a Ray cluster that was joined, in words."""
         with muted(), contextlib.ExitStack() as last_one_first:
             then = last_one_first.callback
             # Not before the others are gone: it waits for a dead part.
@@ -240,7 +242,7 @@ class Cluster:
             # Without a connection, Serve would make one, maybe to another Ray cluster.
             return self._stop_serving() if self._deployed and ray.is_initialized() else None
 
-    def _stop_serving(self) -> Exception | None:
+    def _stop_serving(self) -> str | None:
         """See `_end`."""
         if self._config.ray.address is None:
             from ray import serve
@@ -249,10 +251,12 @@ class Cluster:
                 serve.shutdown()
             return None
         try:
-            deployment.withdraw()
+            if deployment.withdraw(self._config.timeouts.drain_s + STOP_S, self._hurry):
+                return None
         except Exception as error:
-            return error
-        return None
+            words = " ".join(str(error).split()) or type(error).__name__
+            return f"may still run the application, which could not be withdrawn: {words}"
+        return "is still ending the application, for which this process does not wait any longer"
 
     def _wait_for_requests(self) -> None:
         if self._router_calls is None:

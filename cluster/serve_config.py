@@ -21,6 +21,8 @@ APP_NAME: Final = "kvmesh"
 BUILDER: Final = "kvmesh.cluster.app:build"
 SERVICER: Final = "kvmesh.cluster.grpc_front.add_to_server"
 GRPC_PORT, HTTP_PORT = 9000, 8000  # where they are not chosen
+# Of Serve, before a process drains, and then of the process, to hand over and to end its ranks.
+STOP_S: Final = 20.0
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -180,25 +181,28 @@ def test_a_start_that_fails_early_leaves_other_clusters_alone(
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("ended", "said"),
     [
-        (None, []),
+        (True, []),
         (
             ValueError("1 validation error\n  for Serve"),
             ["at auto", "1 validation error for Serve"],
         ),
         (TimeoutError(), ["at auto", "TimeoutError"]),
+        (False, ["at auto is still ending"]),
     ],
 )
 def test_an_application_that_could_not_be_withdrawn_is_reported(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-    error: Exception | None,
+    ended: bool | Exception,
     said: list[str],
 ) -> None:
-    def withdraw() -> None:
-        if error is not None:
-            raise error
+    def withdraw(timeout_s: float, hurry: threading.Event) -> bool:
+        assert timeout_s > cluster._config.timeouts.drain_s
+        if isinstance(ended, bool):
+            return ended
+        raise ended
 
     ray = SimpleNamespace(is_initialized=lambda: True, shutdown=lambda: None)
     monkeypatch.setattr(lifecycle, "import_ray", lambda: ray)
@@ -207,5 +211,39 @@ def test_an_application_that_could_not_be_withdrawn_is_reported(
     cluster._started = cluster._deployed = True
     cluster.stop()
     lines = [record.getMessage() for record in caplog.records]
-    assert len(lines) == bool(error)
+    assert len(lines) == bool(said)
     assert all(words in lines[0] for words in said)
+
+
+@pytest.mark.parametrize(
+    ("polls", "timeout_s", "hurried", "ended"),
+    [(0, 9.0, False, True), (3, 9.0, False, True), (9, 9.0, True, False), (9, -1.0, False, False)],
+)
+def test_the_end_of_an_application_is_waited_for_unless_it_hurries(
+    monkeypatch: pytest.MonkeyPatch, polls: int, timeout_s: float, hurried: bool, ended: bool
+) -> None:
+    """polls: in how many it is still ending"""
+    from ray.serve import context
+
+    states = ["DELETING"] * polls + ["NOT_STARTED"]
+    deleted: list[str] = []
+
+    def delete_apps(names: list[str], *, blocking: bool) -> None:
+        assert not blocking
+        deleted.extend(names)
+
+    def get_serve_status(name: str) -> SimpleNamespace:
+        return SimpleNamespace(app_status=SimpleNamespace(status=states.pop(0)))
+
+    client = SimpleNamespace(delete_apps=delete_apps, get_serve_status=get_serve_status)
+    monkeypatch.setattr(context, "_get_global_client", lambda **_: client)
+    monkeypatch.setattr(deployment, "_apply", lambda *_: None)
+    monkeypatch.setattr(deployment, "POLL_S", 0.0)
+    hurry = threading.Event()
+    if hurried:
+        hurry.set()
+    assert deployment.withdraw(timeout_s, hurry) is ended
+    assert deleted == ["kvmesh"]
+    assert len(states) == (0 if ended else polls)
+    monkeypatch.setattr(context, "_get_global_client", lambda **_: None)
+    assert deployment.withdraw(timeout_s, hurry), "Serve does not run"
