@@ -137,7 +137,7 @@ class Cluster:
         if config.layout.mode == "given":
             check_layouts(config, facts)
         if config.ray.address is None:
-            gpus = local_gpu_memory()
+            gpus = local_gpu_memory(os.environ)
             check_devices(config, len(gpus))
             config = with_layout(config, files.path, [gpus] if gpus else [])
             check_layouts(config, facts)

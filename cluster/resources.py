@@ -32,7 +32,8 @@ def check_devices(config: ClusterConfig, gpus: int) -> None:
         if engine.device == "cuda" and not gpus:
             raise ConfigError(
                 f"{setting}.device",
-                "is cuda, but this machine has no GPU that NVIDIA's driver knows; use auto or cpu",
+                "is cuda, but this machine has no GPU that NVIDIA's driver knows and "
+                "CUDA_VISIBLE_DEVICES does not hide; use auto or cpu",
             )
 
 

@@ -71,7 +71,7 @@ def config(
         _print_for_serve(settings, as_json)
     elif effective or settings.given:
         loaded = settings.load()
-        here = autos_here(loaded.config, local_gpu_memory())
+        here = autos_here(loaded.config, local_gpu_memory(os.environ))
         if as_json:
             sources = {".".join(path): source for path, source in loaded.sources.items()}
             found = {".".join(path): value for path, value in here.items()}

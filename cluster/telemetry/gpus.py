@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +22,10 @@ class GpuUse:
     free_bytes: int | None = None
 
 
-def local_gpu_memory() -> list[int]:
-    """The memory in bytes of each of this machine's GPUs; none without NVML.
+def local_gpu_memory(environ: Mapping[str, str]) -> list[int]:
+    """The memory in bytes of each of this machine's GPUs that CUDA has; none without NVML.
 
-    As NVML counts them: what CUDA_VISIBLE_DEVICES hides is not left out.
+    environ: CUDA_VISIBLE_DEVICES there, if set, names those of CUDA
     """
     import pynvml
 
@@ -33,8 +33,30 @@ def local_gpu_memory() -> list[int]:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return []  # no driver, so no GPU that could be used
-    handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
+    handles = list(map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount())))
+    if (names := environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        handles = list(_visible(names, handles))
     return [int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles]
+
+
+def _visible(names: str, handles: Sequence[Any]) -> Iterator[Any]:
+    """The GPUs that CUDA_VISIBLE_DEVICES names: by number, by the beginning of a UUID, or slices
+    of one by theirs. As CUDA has it, those after a name that is not known are hidden."""
+    import pynvml
+
+    for name in map(str.strip, names.split(",")):
+        if name.isdecimal():
+            found = handles[int(name) : int(name) + 1]
+        elif name.startswith("MIG-"):
+            try:
+                found = [pynvml.nvmlDeviceGetHandleByUUID(name)]
+            except pynvml.NVMLError:
+                return
+        else:
+            found = [x for x in handles if name and pynvml.nvmlDeviceGetUUID(x).startswith(name)]
+        if len(found) != 1:
+            return
+        yield found[0]
 
 
 class Gpus:

@@ -53,7 +53,7 @@ def test_the_defaults_are_printed() -> None:
 def test_the_effective_settings_have_their_sources(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpus, "local_gpu_memory", list)
+    monkeypatch.setattr(gpus, "local_gpu_memory", lambda _: [])
     arguments = ("--config", str(file), "--set", "engine.kv_memory_bytes=8Gi", "--tp", "3")
     environ = {"KVMESH_GROUPS": "4"}
     result = run("config", "--effective", *arguments, **environ)

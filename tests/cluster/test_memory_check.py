@@ -158,7 +158,7 @@ def test_serve_refuses_before_ray_starts(
     model: Path, settings: tuple[str, ...], problem: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpus = [80 * GB] if "GPUs" in problem else []
-    monkeypatch.setattr(lifecycle, "local_gpu_memory", lambda: gpus)
+    monkeypatch.setattr(lifecycle, "local_gpu_memory", lambda _: gpus)
     # Another test of this process may have imported Ray.
     monkeypatch.setattr(lifecycle, "check_ray_sends_tokens", lambda: None)
     monkeypatch.setattr(lifecycle, "take_ports", lambda *_: pytest.fail("Ray would start"))

@@ -19,7 +19,7 @@ from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.errors import QuotaExceededError
 from kvmesh.cluster.routing.fairness import TenantPolicy
 from kvmesh.cluster.telemetry import table
-from kvmesh.cluster.telemetry.gpus import Gpus, GpuUse
+from kvmesh.cluster.telemetry.gpus import Gpus, GpuUse, local_gpu_memory
 from kvmesh.cluster.telemetry.meters import EngineMeters, IngressMeters, Meters
 from kvmesh.cluster.telemetry.table import BY_NAME, METRICS, RAY_LABELS, Kind, Metric
 from kvmesh.v1 import kvmesh_pb2 as pb
@@ -136,6 +136,50 @@ def test_gpus_have_the_metrics_that_nvml_says(
     assert len(caplog.records) == 3, "one warning for each"
     missing.clear()
     assert gpus.read() == [whole, GpuUse(), whole, whole]
+
+
+@pytest.mark.parametrize(
+    ("visible", "sizes"),
+    [
+        (None, [10, 20, 30]),
+        ("", []),
+        ("1", [20]),
+        ("2, 0", [30, 10]),
+        ("GPU-bb,GPU-a", [20, 10]),
+        ("MIG-1,0", [5, 10]),
+        # CUDA stops at what it does not know, and at what could be several.
+        ("0,7,1", [10]),
+        ("-1,0", []),
+        ("0,GPU-c,1", [10]),
+        ("0,GPU-,1", [10]),
+        ("0,MIG-2,1", [10]),
+        ("0,,1", [10]),
+        ("none", []),
+    ],
+)
+def test_gpus_that_cuda_does_not_show_are_not_counted(
+    visible: str | None, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pynvml
+
+    uuids, slices = ["GPU-aa", "GPU-bb", "GPU-bc"], {"MIG-1": 5}
+
+    def of_slice(uuid: str) -> str:
+        if uuid not in slices:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+        return uuid
+
+    def memory(handle: int | str) -> SimpleNamespace:
+        return SimpleNamespace(total=slices[handle] if handle in slices else 10 + 10 * int(handle))
+
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: 3)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: index)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetUUID", lambda handle: uuids[handle])
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", of_slice)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", memory)
+    environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    assert local_gpu_memory(environ) == sizes
 
 
 def test_tenants_have_no_metrics_unless_they_are_asked_for() -> None:
