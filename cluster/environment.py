@@ -1,8 +1,7 @@
 """The environment variables that Ray and Ray Serve read when they start.
 
 Serve reads its choice of proxy and its ports from variables that must be set on
-every node before Ray starts. To join a running cluster, set `SERVE_VARIABLES` on
-its nodes.
+every node before Ray starts: `kvmesh config --variables` prints a node's.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import os
 from pathlib import Path
 
 from kvmesh.cluster.config import ClusterConfig
-from kvmesh.cluster.haproxy_program import haproxy_program
+from kvmesh.cluster.haproxy_program import haproxy_program, node_program
 from kvmesh.cluster.ports import Port, PortBlock
 
 MARGIN_BYTES = 1 << 20
@@ -52,10 +51,12 @@ SERVE_VARIABLES = {
 SIZE_VARIABLES = ("RAY_SERVE_GRPC_MAX_MESSAGE_SIZE", "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH")
 # How long `ray start --block` drains its node at SIGTERM, at most, before it ends it.
 DRAIN_VARIABLE = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+# What Serve runs as HAProxy.
+HAPROXY_VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
 
 
 def serve_variables(config: ClusterConfig) -> dict[str, str]:
-    """The variables that must be set on every node of a cluster that runs `config`."""
+    """The variables that are the same on every node of a cluster that runs `config`."""
     size = str(config.ingress.max_request_bytes + MARGIN_BYTES)
     drain_s = math.ceil(config.timeouts.drain_s) + NODE_DRAIN_MARGIN_S
     return {
@@ -63,6 +64,11 @@ def serve_variables(config: ClusterConfig) -> dict[str, str]:
         **dict.fromkeys(SIZE_VARIABLES, size),
         DRAIN_VARIABLE: str(drain_s),
     }
+
+
+def node_variables(config: ClusterConfig) -> dict[str, str]:
+    """The variables that must be set on this node of such a cluster."""
+    return {**serve_variables(config), HAPROXY_VARIABLE: str(node_program())}
 
 
 def local_variables(config: ClusterConfig, directory: Path, ports: PortBlock) -> dict[str, str]:
@@ -91,7 +97,7 @@ def local_variables(config: ClusterConfig, directory: Path, ports: PortBlock) ->
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(ports.http_replicas[-1]),
         "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(ports.grpc_replicas[0]),
         "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(ports.grpc_replicas[-1]),
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(program),
+        HAPROXY_VARIABLE: str(program),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(directory / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(directory / "a.sock"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(directory / "m.sock"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -85,13 +86,13 @@ def config(
 
 
 def _print_variables(settings: ServeSettings, as_json: bool) -> None:
-    from kvmesh.cluster.environment import serve_variables
+    from kvmesh.cluster.environment import node_variables
 
-    variables = serve_variables(settings.load().config)
+    variables = node_variables(settings.load().config)
     if as_json:
         print_json(variables)
     else:
-        typer.echo("\n".join(f"export {name}={value}" for name, value in variables.items()))
+        typer.echo("\n".join(f"export {name}={quote(value)}" for name, value in variables.items()))
 
 
 def _print_for_serve(settings: ServeSettings, as_json: bool) -> None:

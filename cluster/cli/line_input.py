@@ -6,12 +6,13 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.formatted_text import HTML
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+from kvmesh.cluster.state_directory import state_directory
 
 
 class PrivateHistory(FileHistory):
@@ -52,16 +53,10 @@ def _keys() -> KeyBindings:
 
 
 def _history() -> History:
-    path = _state_directory() / "chat_history"
+    path = state_directory() / "chat_history"
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
     except OSError:
         return InMemoryHistory()  # a home that cannot be written to
     return PrivateHistory(path)
-
-
-def _state_directory() -> Path:
-    """As XDG names it: where programs remember what users did."""
-    state = os.environ.get("XDG_STATE_HOME")
-    return (Path(state) if state else Path.home() / ".local/state") / "kvmesh"

@@ -250,8 +250,21 @@ def test_a_layout_that_is_not_chosen_is_not_deployed() -> None:
         serve_config(for_nodes(build({"layout": {"mode": "auto"}})))
 
 
-def test_the_variables_of_nodes_are_for_a_shell() -> None:
-    size = {"KVMESH_INGRESS__MAX_REQUEST_BYTES": "1MiB"}
+def test_the_variables_of_nodes_are_for_a_shell(tmp_path: Path) -> None:
+    size = {"KVMESH_INGRESS__MAX_REQUEST_BYTES": "1MiB", "XDG_STATE_HOME": str(tmp_path)}
     printed = CliRunner().invoke(command_line, ["config", "--variables"], env=size).stdout
     shell = f"{printed}\necho $RAY_SERVE_ENABLE_HA_PROXY $RAY_SERVE_GRPC_MAX_MESSAGE_SIZE"
     assert subprocess.check_output(["sh", "-c", shell], text=True) == "1 2097152\n"
+
+
+def test_a_node_runs_haproxy_by_the_launcher(tmp_path: Path) -> None:
+    """As a local cluster and the image do: without it, pages of statistics are open to everyone."""
+    home = tmp_path / "with space"
+    environ = {"XDG_STATE_HOME": str(home)}
+    for _ in range(2):
+        printed = CliRunner().invoke(command_line, ["config", "--variables"], env=environ).stdout
+    (tmp_path / "haproxy.cfg").write_text("frontend stats\n    bind *:8404\n")
+    run = f'{printed}\n"$RAY_SERVE_HAPROXY_BINARY_PATH" -c -f haproxy.cfg'
+    subprocess.run(["sh", "-c", run], cwd=tmp_path, check=False, capture_output=True)
+    assert "bind 127.0.0.1:8404" in (tmp_path / "haproxy.cfg").read_text()
+    assert len(list(home.rglob("haproxy-*"))) == 1, "it stays where it is"
