@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,6 +17,7 @@ from kvmesh.cluster.cli.bench_options import LoadOptions, WorkloadOptions, as_op
 from kvmesh.cluster.cli.console import jsonable, notes, print_json
 from kvmesh.cluster.cli.exits import CommandFailed, ExitCode
 from kvmesh.cluster.cli.options import JsonOption, QuietOption, ServerOptions, with_options
+from kvmesh.cluster.cli.plots import plotter
 from kvmesh.cluster.version import package_version
 
 if TYPE_CHECKING:
@@ -64,12 +65,10 @@ def bench_serve(
         raise typer.BadParameter(f"unexpected argument {objectives[0]!r}: --goodput comes first")
     with as_option("goodput"):
         limits = read_objectives([*(goodput or ()), *(objectives or ())])
-    draw = None if png is None else _plotter(png)
+    draw = None if png is None else plotter(png, "--png", "bench_plot", "plot_load")
     load.check()
     server, run, planned = asyncio.run(_bench(connection, workload, load))
     report = report_of(run.records, run.ended_s, limits)
-    if draw is not None:
-        draw(run.records, report, server, png)
     if as_json:
         conditions = {
             "kvmesh": package_version(),
@@ -81,6 +80,8 @@ def bench_serve(
         print_json({"conditions": jsonable(conditions), **jsonable(report)})
     else:
         show_load(report, server, planned)
+    if draw is not None:
+        draw(run.records, report, server)
     if run.stopped:
         raise typer.Exit(ExitCode.INTERRUPTED)
     if not report.complete:
@@ -182,16 +183,3 @@ async def _watch(run: LoadRun, planned: int) -> None:
             if not notes.is_terminal and shown_s >= LINE_S:
                 shown_s = 0.0
                 notes.print(f"  {ended} of {planned} requests ended, {words}")
-
-
-def _plotter(path: Path) -> Callable[..., None]:
-    """The function that plots. Raises before the run if it could not plot."""
-    if not path.resolve().parent.is_dir():
-        raise typer.BadParameter(f"{path.resolve().parent} is not a directory", param_hint="--png")
-    try:
-        from kvmesh.cluster.cli.bench_plot import plot_load
-    except ModuleNotFoundError as error:
-        raise typer.BadParameter(
-            f"needs {error.name}; install it with: pip install 'kvmesh[plot]'", param_hint="--png"
-        ) from None
-    return plot_load

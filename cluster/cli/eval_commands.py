@@ -26,10 +26,10 @@ from kvmesh.cluster.cli.eval_setup import (
     evaluated,
     evaluating,
     lengths_of,
-    plotter,
     split,
 )
 from kvmesh.cluster.cli.options import JsonOption, QuietOption
+from kvmesh.cluster.cli.plots import plotter
 
 eval_app = typer.Typer(
     help="Measure how much KV formats degrade a model, with the engine itself.",
@@ -60,7 +60,7 @@ def perplexity(
 ) -> None:
     """Measure perplexity and the divergence from exact KV on windows of text."""
     with evaluating():
-        draw = None if plot is None else plotter(plot, "eval_plot", "plot_perplexity")
+        draw = None if plot is None else plotter(plot, "--plot", "eval_plot", "plot_perplexity")
         from kvmesh.workers.evaluation.model import choose_formats
         from kvmesh.workers.evaluation.perplexity import measure_perplexity
         from kvmesh.workers.evaluation.text import read_text
@@ -71,14 +71,14 @@ def perplexity(
             report = measure_perplexity(
                 loaded, formats, source, context=context, windows=windows, meter=meter
             )
-        if draw is not None:
-            draw([report], plot)
         if as_json:
             print_json(report)
         else:
             from kvmesh.cluster.cli.eval_tables import perplexity_table
 
             out.print(perplexity_table(report))
+        if draw is not None:
+            draw([report])
 
 
 @eval_app.command("passkey")
@@ -196,7 +196,7 @@ def ruler(
 ) -> None:
     """Measure what the model finds, follows and counts in generated long texts."""
     with evaluating():
-        draw = None if plot is None else plotter(plot, "ruler_plot", "plot_ruler")
+        draw = None if plot is None else plotter(plot, "--plot", "ruler_plot", "plot_ruler")
         from kvmesh.workers.evaluation.model import choose_formats
         from kvmesh.workers.evaluation.ruler import measure_ruler
 
@@ -212,11 +212,11 @@ def ruler(
                 seed=seed,
                 meter=meter,
             )
-        if draw is not None:
-            draw(report, plot)
         if as_json:
             print_json(report)
         else:
             from kvmesh.cluster.cli.eval_tables import ruler_table
 
             out.print(ruler_table(report))
+        if draw is not None:
+            draw(report)

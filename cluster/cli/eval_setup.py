@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -154,17 +153,3 @@ def lengths_of(values: str) -> list[int]:
     if not parts or not all(part.isdecimal() for part in parts):
         raise ConfigError("lengths", f"must be whole numbers separated by commas, got {values!r}")
     return sorted({int(part) for part in parts})
-
-
-def plotter(path: Path, module: str, name: str) -> Any:
-    """The function that plots. Raises ConfigError before the work if it could not plot."""
-    from kvmesh.workers.errors import ConfigError
-
-    if not path.resolve().parent.is_dir():
-        raise ConfigError("plot", f"{path.resolve().parent} is not a directory")
-    try:
-        return getattr(importlib.import_module(f"kvmesh.cluster.cli.{module}"), name)
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            "plot", f"needs {error.name}; install it with: pip install kvmesh[plot]"
-        ) from None

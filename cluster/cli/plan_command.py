@@ -14,6 +14,7 @@ from kvmesh.cluster.cli.console import print_json
 from kvmesh.cluster.cli.exits import errors_by_option
 from kvmesh.cluster.cli.options import JsonOption, QuietOption
 from kvmesh.cluster.cli.plan_view import as_fields, show
+from kvmesh.cluster.cli.plots import plotter
 from kvmesh.workers.config import PAGE_SIZES, WEIGHT_FORMATS
 from kvmesh.workers.errors import ConfigError
 
@@ -72,6 +73,7 @@ def plan(
     from kvmesh.cluster.planner.model import planned_model
     from kvmesh.cluster.planner.plan import Target, default_formats, make_plans, recommend
 
+    draw = None if plot is None else plotter(plot, "--plot", "plan_plot", "plot_plans")
     with errors_by_option():
         device, found = _gpu(gpu), planned_model(model)
         target = Target(
@@ -88,10 +90,8 @@ def plan(
         print_json(as_fields(found, device, gpus, target, plans, best))
     else:
         show(found, device, gpus, target, plans, best, every=every)
-    if plot is not None:
-        from kvmesh.cluster.cli.plan_plot import plot_plans  # matplotlib is slow to import
-
-        plot_plans(found, device, plans, target, plot)
+    if draw is not None:
+        draw(found, device, plans, target)
 
 
 def _gpu(name: str) -> Gpu:
