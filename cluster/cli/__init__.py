@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import sys
 
 
@@ -16,4 +18,10 @@ def main() -> None:
             "  pip install 'kvmesh[cli]'     to ask a server: generate, chat, status and others\n"
             "  pip install 'kvmesh[serve]'   to run one as well"
         )
+    if (
+        isinstance(sys.stdout, io.TextIOWrapper)
+        and codecs.lookup(sys.stdout.encoding).name != "utf-8"
+    ):
+        # Other encodings lack characters: show "?", as an error would end a text midway.
+        sys.stdout.reconfigure(errors="replace")
     app()

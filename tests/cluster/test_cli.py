@@ -363,10 +363,31 @@ def test_quiet_leaves_results_and_errors(fake: FakeServer) -> None:
 def start(*arguments: str, **options: Any) -> subprocess.Popen[bytes]:
     """A command in its own process."""
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "KVMESH_API_KEY": "k"}
-    code = "from kvmesh.cluster.cli.commands import app; app()"
+    environ |= options.pop("environ", {})
+    code = "from kvmesh.cluster.cli import main; main()"
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments], env=environ, stderr=subprocess.PIPE, **options
     )
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("latin-1", "?\xa0? ü"), ("utf-8", "東\xa0京 ü")])
+def test_a_text_is_shown_as_far_as_the_locale_has_it(encoding: str, shown: str) -> None:
+    def act(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        yield started(request)
+        yield delta(0, "東\xa0京", 1)
+        yield delta(1, " ü", 2)
+        yield finished()
+        yield usage()
+
+    environ = {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    with (
+        serving(ScriptedServicer(act)) as target,
+        start("generate", "hi", "--target", target, stdout=subprocess.PIPE, environ=environ)
+        as process,
+    ):  # fmt: skip
+        written, errors = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == ExitCode.DONE, errors
+    assert written.decode(encoding).strip() == shown
 
 
 def hanging(seen: threading.Event) -> Action:
