@@ -148,6 +148,7 @@ class RetryState:
     rng: random numbers for the jitter
     contact: of the client, for all of its calls
     deadline: on the transport's clock, or None; no wait extends past it
+    failures: failed attempts; refusals: those of them that an outage does not explain
     lost_at: when the server was lost, on that clock, later by the time for which it has answered
         since; None after the call has made progress
     """
@@ -157,11 +158,12 @@ class RetryState:
     contact: Contact = field(default_factory=Contact)
     deadline: float | None = None
     failures: int = 0
+    refusals: int = 0
     lost_at: float | None = None
 
     def progress(self) -> None:
         """The call delivered something: earlier failures no longer count."""
-        self.failures = 0
+        self.failures = self.refusals = 0
         self.lost_at = None
 
     def delay_s(
@@ -195,8 +197,10 @@ class RetryState:
             give_up_at = self._end_of_patience(self.lost_at)
             if now >= give_up_at:
                 return None
-        elif self.failures >= self.policy.max_attempts:
-            return None
+        else:
+            self.refusals += 1
+            if self.refusals >= self.policy.max_attempts:
+                return None
         wait_s = self.rng.uniform(0, self._max_backoff_s(now, give_up_at))
         if error.retry_after_s is not None:
             if not 0 <= error.retry_after_s <= self.policy.max_retry_after_s:

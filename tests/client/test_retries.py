@@ -93,6 +93,19 @@ def test_attempts_are_bounded() -> None:
     assert len(fake.server.requests) == RetryPolicy().max_attempts
 
 
+def test_an_outage_takes_nothing_of_the_attempts_that_refusals_have() -> None:
+    """A server that was restarted is full of those that waited for it."""
+    fake, client = known_server()
+    most = RetryPolicy().max_attempts
+    fake.server.fail(UnavailableError("gone"), times=2 * most)
+    fake.server.fail(OverCapacityError("full"), times=most - 1)
+    assert client.generate("hi").text == "a b c"
+    fake.server.fail(UnavailableError("gone"), times=2)
+    fake.server.fail(OverCapacityError("full"), times=most)
+    with pytest.raises(OverCapacityError):
+        client.generate("hi")
+
+
 def test_no_retry_means_one_attempt() -> None:
     fake = FakeTransport()
     fake.server.fail(UnavailableError("gone"))
