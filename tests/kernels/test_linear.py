@@ -91,6 +91,16 @@ def test_exact_keeps_weights_that_had_4_bits_in_4_bits(group: int, zero: float |
     assert unpack(packed).equal(weight)
 
 
+@pytest.mark.parametrize("row", [0, 20, 1023, 1024, 2099])
+def test_one_weight_in_any_row_keeps_all_from_few_bits(row: int) -> None:
+    weight = (torch.arange(2100 * 32) % 16).float().view(2100, 32)
+    assert pack(weight, "exact").codes.dtype == torch.uint8
+    weight[row, 5] += 1e-3
+    packed = pack(weight, "exact")
+    assert packed.codes.dtype == torch.float32
+    assert unpack(packed).equal(weight)
+
+
 def test_exact_keeps_weights_that_had_8_bits_in_8_bits() -> None:
     codes, scales = codes_and_scales_of_8_bits()
     weight = codes.float() * scales.repeat_interleave(32, dim=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from kvmesh.kernels.formats.comparison.nuq.rope import RopePairs, phases
 from kvmesh.workers.model.hook import AttendArgs
 from kvmesh.workers.model.load import ServedModel, load_model
+from kvmesh.workers.model.rope import override_rope
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.rope_override import RopeOverride
 from tests.model.attend import prompt_logits
@@ -158,6 +160,22 @@ def test_an_override_computes_what_the_same_scaling_does_in_transformers(
     assert unscaled is not None
     torch.testing.assert_close(logits, expected, rtol=0, atol=5e-5)
     assert (unscaled - expected).abs().amax() > 0.1
+
+
+@pytest.mark.parametrize(("share", "dim"), [(None, 64), (0.5, 32), (0.25, 16)])
+def test_ntk_scales_by_the_channels_that_are_rotated(share: float | None, dim: int) -> None:
+    """As in transformers' dynamic scaling, of a model that rotates a part of each head."""
+    own: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4}
+    if share is not None:
+        own["partial_rotary_factor"] = share
+    config = SimpleNamespace(
+        rope_parameters=own, hidden_size=256, num_attention_heads=4, max_position_embeddings=256
+    )
+    override_rope(config, RopeOverride(type="ntk", factor=2.0), 256)
+    scaled = config.rope_parameters
+    assert scaled["rope_theta"] == pytest.approx(1e4 * 2.0 ** (dim / (dim - 2)))
+    assert scaled.get("partial_rotary_factor") == share
+    assert config.max_position_embeddings == 512
 
 
 def test_an_override_leaves_layers_with_a_window_alone(tmp_path: Path) -> None:
