@@ -87,13 +87,13 @@ def pinned(model: str) -> str:
     pushed meanwhile. A directory or a file is what it is. If neither the hub nor this machine's
     cache knows the commit, the name stays as it is: those that load the model may know more.
     """
+    named = None if Path(model).expanduser().exists() else HubModel.parse(model)
+    if named is None:
+        return model
     import httpx2
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, RevisionResolutionError
 
-    named = None if Path(model).expanduser().exists() else HubModel.parse(model)
-    if named is None:
-        return model
     try:
         commit = HfApi().resolve_revision(named.repo, revision=named.revision).resolved
     except (RevisionResolutionError, HFValidationError, httpx2.HTTPError, OSError) as error:
