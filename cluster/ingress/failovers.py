@@ -39,6 +39,7 @@ class Failovers:
     in_vain: int = 0
     ran: bool = False
     _tokens: int = 0
+    _suspect_in_vain: int = 0
 
     def note(self, epoch: str, loss: Loss, tokens: int) -> None:
         """An engine is lost. Raises RequestFaultError or EngineLostError if that is enough.
@@ -48,13 +49,17 @@ class Failovers:
         self.engines |= {epoch}
         self.total += 1
         if tokens > self._tokens:
-            self.in_vain = 0
+            self.in_vain = self._suspect_in_vain = 0
         self._tokens = tokens
         self.ran |= loss is not Loss.REFUSED
         self.suspicion += loss is Loss.SUSPECT
+        self._suspect_in_vain += loss is Loss.SUSPECT
         self.in_vain += loss is not Loss.CLEARED
         if self.in_vain <= MAX_FAILOVERS:
             return
-        if self.suspicion:
-            raise RequestFaultError(f"{self.in_vain} engines in a row were lost while they had it")
+        if self._suspect_in_vain:
+            raise RequestFaultError(
+                f"{self.in_vain} engines in a row were lost, "
+                f"{self._suspect_in_vain} of them while they had it"
+            )
         raise EngineLostError()

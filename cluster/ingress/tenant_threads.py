@@ -42,7 +42,11 @@ class TenantThreads:
             await turn.acquire()
         finally:
             self._waiting[tenant] -= 1
-        job = self._threads.submit(work)
+        try:
+            job = self._threads.submit(work)
+        except RuntimeError:  # it is closed, which those that wait are to hear as well
+            turn.release()
+            raise
         job.add_done_callback(lambda _: loop.call_soon_threadsafe(turn.release))
         return await asyncio.wrap_future(job)
 

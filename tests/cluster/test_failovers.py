@@ -27,24 +27,35 @@ def test_what_was_lost_is_counted() -> None:
 @pytest.mark.parametrize(
     ("before", "last", "suspect"),
     [
-        ([Loss.REFUSED] * MAX_FAILOVERS, Loss.REFUSED, False),
-        ([Loss.REFUSED] * MAX_FAILOVERS, Loss.SUSPECT, True),
-        ([Loss.SUSPECT] * MAX_FAILOVERS, Loss.REFUSED, True),
-        ([Loss.SUSPECT, Loss.REFUSED, Loss.REFUSED], Loss.REFUSED, True),
-        ([Loss.SUSPECT, Loss.CLEARED, Loss.REFUSED, Loss.REFUSED], Loss.REFUSED, True),
-        ([Loss.CLEARED] + [Loss.REFUSED] * MAX_FAILOVERS, Loss.REFUSED, False),
+        ([Loss.REFUSED] * MAX_FAILOVERS, Loss.REFUSED, 0),
+        ([Loss.REFUSED] * MAX_FAILOVERS, Loss.SUSPECT, 1),
+        ([Loss.SUSPECT] * MAX_FAILOVERS, Loss.REFUSED, 3),
+        ([Loss.SUSPECT, Loss.REFUSED, Loss.REFUSED], Loss.REFUSED, 1),
+        ([Loss.SUSPECT, Loss.CLEARED, Loss.REFUSED, Loss.REFUSED], Loss.REFUSED, 1),
+        ([Loss.CLEARED] + [Loss.REFUSED] * MAX_FAILOVERS, Loss.REFUSED, 0),
     ],
 )
 def test_one_loss_in_vain_too_many_ends_the_request(
-    before: list[Loss], last: Loss, suspect: bool
+    before: list[Loss], last: Loss, suspect: int
 ) -> None:
     """A request that may have made one of the engines fail is not to be sent again."""
     found = lost(*before)
     with pytest.raises((RequestFaultError, EngineLostError)) as caught:
         found.note("last", last, 0)
-    fault = RequestFaultError("4 engines in a row were lost while they had it")
+    fault = RequestFaultError(f"4 engines in a row were lost, {suspect} of them while they had it")
     error = fault if suspect else EngineLostError()
     assert (type(caught.value), caught.value.args) == (type(error), error.args)
+
+
+def test_no_request_is_at_fault_for_engines_that_did_not_have_it() -> None:
+    """It was suspected once, but has had tokens since, and now a restart refuses it."""
+    found = lost(Loss.SUSPECT)
+    found.note("e1", Loss.REFUSED, 5)
+    for number in range(2, 4):
+        found.note(f"e{number}", Loss.REFUSED, 5)
+    with pytest.raises(EngineLostError):
+        found.note("e4", Loss.REFUSED, 5)
+    assert found.suspicion == 1
 
 
 def test_engines_that_failed_for_another_reason_do_not_count() -> None:
