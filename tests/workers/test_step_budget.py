@@ -150,3 +150,15 @@ def test_steps_stay_within_their_time_while_a_sequence_decodes() -> None:
     assert max(taken for decoding, taken in unlimited.steps if decoding) > 0.025
     assert outputs == same_outputs
     assert outputs["long0"] == expected_output([4] * 600, 3, ignore_eos=True)
+
+
+@pytest.mark.parametrize("costs", [(0.002, 1e-4, 0.0, 1e-7), (0.002, 0.0, 1e-7, 1e-7)])
+def test_prompts_are_limited_by_whichever_cost_is_known(costs: tuple[float, ...]) -> None:
+    """Of long contexts the pairs may explain all of a step's time."""
+    budget = StepBudget(0.05)
+    budget._coefficients = np.array(costs)
+    count = budget.chunk_tokens(work_of(*DECODING), 5000)
+    assert 0 < count < UNLIMITED
+    assert seconds(work_of(*DECODING, (5000, count)), costs) <= 0.05 * (1 + 1e-9)
+    budget._coefficients = np.array((0.002, 0.0, 0.0, 1e-7))
+    assert budget.chunk_tokens(work_of(*DECODING), 5000) == UNLIMITED
