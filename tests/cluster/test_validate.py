@@ -307,6 +307,16 @@ def test_every_field_of_a_request_reaches_its_specification() -> None:
     assert spec.answer.max_reasoning_tokens == 11
 
 
+@pytest.mark.parametrize(("given", "parallel"), [(None, True), (True, True), (False, False)])
+def test_calls_may_be_parallel_unless_the_request_says_otherwise(
+    given: bool | None, parallel: bool
+) -> None:
+    messages = [pb.ChatMessage(role="user", content="hi")]
+    chat = pb.Chat(messages=messages, parallel_tool_calls=given)
+    spec = generation_spec(make_request(pb.Prompt(chat=chat)), LIMITS)
+    assert spec.answer.parallel is parallel
+
+
 def test_the_largest_values_are_accepted() -> None:
     request = make_request(
         tokens(2**31 - 1), n=16, stop=["x" * 1024] * 16, max_tokens=2**31 - 1, stop_token_ids=[1]

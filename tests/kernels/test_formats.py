@@ -376,6 +376,17 @@ def test_a_page_that_is_not_finite_is_sealed_and_changes_no_other(name: str, val
     assert torch.equal(sealed[[0, 3]], sound[[0, 3]])
 
 
+def test_keys_are_coded_around_the_centre_that_is_stored() -> None:
+    """It is stored in bf16; what that rounds away is left for the codes."""
+    channels = 1000.0 + torch.arange(64) * 0.37
+    page = channels.expand(1, 1, 16, 64).contiguous()
+    fmt = get_format("fp8")
+    keys = fmt.decode(fmt.encode(page, page), 16, 64, torch.float32)[0]
+    rounded_away = (channels - channels.bfloat16().float()).abs()
+    assert rounded_away.max() > 1.5
+    assert ((keys - page).abs() <= rounded_away / 8 + rounded_away.max() / 448).all()
+
+
 SEEN = Exercised(
     "rows of two numbers",
     {"equal": 12, "of both signs": 30, "far apart": 40, "subnormal": 3, "huge": 12},

@@ -191,6 +191,15 @@ def test_deadlines_come_up_in_their_order() -> None:
     assert queue.overdue(5.0) == [late]
 
 
+def test_a_request_that_is_retracted_takes_its_own_arrival_with_it() -> None:
+    line = _Line()
+    first, refused = waiting("a", 0, since=10.0), waiting("b", 1, since=17.0)
+    line.put(first)
+    line.put(refused)
+    line.retract(refused)
+    assert line.remove(first, 20.0) == 10.0
+
+
 def test_a_line_leaves_at_the_rate_since_its_first_arrival() -> None:
     line = _Line()
     for round_start in (10.0, 1000.0):
