@@ -376,6 +376,19 @@ def test_a_page_that_is_not_finite_is_sealed_and_changes_no_other(name: str, val
     assert torch.equal(sealed[[0, 3]], sound[[0, 3]])
 
 
+def test_turboquants_correction_is_the_residual_on_average() -> None:
+    """Each of its numbers is noisy, but it has the direction and the length."""
+    page = torch.randn(4, 4, 64, 64, generator=torch.Generator().manual_seed(3))
+    decoded = []
+    for side in (LloydMax(3), LloydMax(3, residual="qjl")):
+        pages = side.codec().encode(side, page, {}, None)
+        shape = PageShape(64, 64, torch.float32)
+        decoded.append(side.codec().decode(side, pages, shape, {}))
+    residual, correction = page - decoded[0], decoded[1] - decoded[0]
+    share = (correction * residual).sum(-1) / residual.square().sum(-1)
+    assert share.mean() == pytest.approx(1.0, abs=0.05)
+
+
 def test_keys_are_coded_around_the_centre_that_is_stored() -> None:
     """It is stored in bf16; what that rounds away is left for the codes."""
     channels = 1000.0 + torch.arange(64) * 0.37
