@@ -84,7 +84,7 @@ def test_shapes(name: str, heads: int, kv_heads: int, head_dim: int, page_size: 
 
 @pytest.mark.parametrize("name", ["int8", "k3v2", "fp8"])
 @pytest.mark.parametrize("softcap", [None, 20.0])
-@pytest.mark.parametrize("window", [1, 64, 100, 1000, -96])
+@pytest.mark.parametrize("window", [1, 64, 100, 200, 1000, -96])
 def test_softcap_and_sliding_window(name: str, softcap: float | None, window: int) -> None:
     shape = Shape(page_size=64, sink_pages=1, recent_pages=1)
     case = make_case(get_format(name), shape, MIXED)
