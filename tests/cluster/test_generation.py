@@ -630,6 +630,28 @@ async def test_the_engine_ends_an_overdue_sequence(
     assert one.engines["g0"].ended == []
 
 
+async def without_a_router(
+    one: Machine, timeout_s: float | None
+) -> tuple[asyncio.Task[None], Place]:
+    """A request that asks for a place, for which the server waits 1,000 s, of nobody."""
+    one.ingress._context = replace(one.ingress._context, queue_timeout_s=1000.0)
+    link = one.ingress._router
+    one.router.die()
+    await one.until(lambda: not link.connected)
+
+    async def read_all() -> None:
+        async for _ in one.stream(make_request(600, timeout_s=timeout_s)):
+            pass
+
+    def asked() -> list[Place]:
+        messages = (call.message for call in link._open.values())
+        return [message for message in messages if isinstance(message, Place)]
+
+    reading = asyncio.create_task(read_all())
+    await one.until(lambda: bool(asked()))
+    return reading, asked()[0]
+
+
 @pytest.mark.parametrize(
     ("timeout_s", "error", "reason"),
     [
@@ -644,17 +666,7 @@ async def test_nobody_waits_longer_because_there_is_no_router(
     error: type[Exception],
     reason: pb.ErrorReason.ValueType,
 ) -> None:
-    one.ingress._context = replace(one.ingress._context, queue_timeout_s=1000.0)
-    link = one.ingress._router
-    one.router.die()
-    await one.until(lambda: not link.connected)
-
-    async def read_all() -> None:
-        async for _ in one.stream(make_request(600, timeout_s=timeout_s)):
-            pass
-
-    reading = asyncio.create_task(read_all())
-    await one.until(lambda: any(isinstance(call.message, Place) for call in link._open.values()))
+    reading, _ = await without_a_router(one, timeout_s)
     skip(1000.0 + router_link.PLACE_GRACE_S)
     with pytest.raises(error) as caught:
         await reading
@@ -667,22 +679,11 @@ async def test_the_router_knows_what_limits_a_wait(
     one: Machine, timeout_s: float | None, own: bool
 ) -> None:
     """The client's own deadline, or the server's longest wait."""
-    one.ingress._context = replace(one.ingress._context, queue_timeout_s=1000.0)
-    link = one.ingress._router
-    one.router.die()
-    await one.until(lambda: not link.connected)
-
-    async def read_all() -> None:
-        async for _ in one.stream(make_request(600, timeout_s=timeout_s)):
-            pass
-
-    reading = asyncio.create_task(read_all())
-    await one.until(lambda: any(isinstance(call.message, Place) for call in link._open.values()))
-    (call,) = (call for call in link._open.values() if isinstance(call.message, Place))
-    place = call.message.request
-    assert place.timeout_s is not None and place.timeout_s <= (timeout_s if own else 1000.0)
+    reading, message = await without_a_router(one, timeout_s)
+    place = message.request
+    assert place.timeout_s is not None and place.timeout_s <= (900.0 if own else 1000.0)
     assert place.own_deadline == own
-    link.received(CallFailed(call.message.call, Failure.of(NoRoomError("no room", 1.0))))
+    one.ingress._router.received(CallFailed(message.call, Failure.of(NoRoomError("no room", 1.0))))
     with pytest.raises(NoRoomError, match="no room"):
         await reading
     await one.new_router()

@@ -41,6 +41,17 @@ def error_of(reply: httpx2.Response) -> dict[str, Any]:
     return found
 
 
+def completions_scope() -> Scope:
+    """Of a call that a server hands over by ASGI."""
+    return {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/completions",
+        "query_string": b"",
+        "headers": [(b"authorization", f"Bearer {KEY}".encode())],
+    }
+
+
 async def until(holds: Any) -> None:
     async with asyncio.timeout(PATIENCE_S):
         while not holds():
@@ -271,14 +282,7 @@ async def test_a_client_that_leaves_while_it_is_sent_to_ends_its_request(
             sending.set()
             await never.wait()
 
-    scope: Scope = {
-        "type": "http",
-        "method": "POST",
-        "path": "/v1/completions",
-        "query_string": b"",
-        "headers": [(b"authorization", f"Bearer {KEY}".encode())],
-    }
-    serving = asyncio.create_task(server.front(scope, receive, send))
+    serving = asyncio.create_task(server.front(completions_scope(), receive, send))
     await sending.wait()
     assert (len(kept), contract.ended) == (1, 0)
     left.set()
@@ -322,14 +326,7 @@ async def test_a_client_that_does_not_read_has_its_call_cancelled(
     contract.script = play
     monkeypatch.setattr(reception, "UNREAD_TIMEOUT_S", 0.0)
     bodies = [json.dumps({"prompt": "a", "stream": True}).encode()]
-    scope: Scope = {
-        "type": "http",
-        "method": "POST",
-        "path": "/v1/completions",
-        "query_string": b"",
-        "headers": [(b"authorization", f"Bearer {KEY}".encode())],
-    }
-    await asyncio.wait_for(server.front(scope, receive, send), PATIENCE_S)
+    await asyncio.wait_for(server.front(completions_scope(), receive, send), PATIENCE_S)
     assert contract.ended == 1
     assert server.front._reception._calls == 0
     assert server.meters.of(table.REQUESTS, "/v1/completions", "cancelled") == 1
