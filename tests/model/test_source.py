@@ -408,6 +408,17 @@ def test_a_gguf_that_would_lose_something_is_refused(
     assert [path for path in tmp_path.glob("store/*") if path.is_dir()] == []
 
 
+@pytest.mark.parametrize("pieces", [False, True])
+@pytest.mark.parametrize("key", ["eot_token_id", "padding_token_id"])
+def test_a_gguf_that_names_a_token_it_does_not_have_is_refused(
+    copy: Path, tmp_path: Path, key: str, pieces: bool
+) -> None:
+    wrong: dict[str, Any] = {f"tokenizer__ggml__{key}": 99_999}
+    file = make_small_gguf(tmp_path / "named.gguf", copy, pieces=pieces, **wrong)
+    with pytest.raises(UnsupportedModelError, match=rf"ggml\.{key} is 99999, but it has"):
+        resolve_model(str(file), root=tmp_path / "store")
+
+
 def test_a_gguf_with_another_tokenizer_is_refused(gguf_file: Path, tmp_path: Path) -> None:
     file = tmp_path / "other.gguf"
     file.write_bytes(gguf_file.read_bytes().replace(b"gpt2", b"bert"))

@@ -40,6 +40,7 @@ _WORDS_FIRST = frozenset(
 )
 
 _NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+_IDS = tuple(f"{name}_token_id" for name in ("bos", "eos", "eot", "eom", "unknown", "padding"))
 
 
 def check_tokenizer(metadata: GGUFMetadata) -> None:
@@ -52,6 +53,11 @@ def check_tokenizer(metadata: GGUFMetadata) -> None:
             f"its tokenizer {kind!r} (tokenizer.ggml.model) is not supported, only 'gpt2' and"
             " 'llama'"
         )
+    count = len(metadata.tokens)
+    for key in _IDS:
+        number = metadata.tokenizer(key)
+        if number is not None and not 0 <= number < count:
+            raise metadata.refused(f"tokenizer.ggml.{key} is {number}, but it has {count:,} tokens")
     if kind == "llama":  # SentencePiece, which does not split
         return
     name = metadata.tokenizer("pre")
