@@ -3,12 +3,14 @@
 Waiting threads sleep instead of spinning, which would slow a shared machine tenfold. Compiled loops
 are kept on disk, like those of engines, so that one process compiles for all. Without a GPU the
 Triton kernels run in Triton's interpreter, which has to be enabled before the first import of
-Triton anywhere in the suite. Property tests have no deadlines: a busy machine is not a bug.
+Triton anywhere in the suite. Property tests have no deadlines: a busy machine is not a bug. The
+garbage collector runs rarely: each time it would walk torch, transformers and thousands of tests.
 """
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib
 import os
 import signal
@@ -24,6 +26,7 @@ from kvmesh.workers.threads import wait_passively
 
 wait_passively(os.environ)
 keep_compiled_loops(os.environ)
+gc.set_threshold(20_000, 20, 100)
 # Shells start background jobs with Ctrl-C ignored, and commands that tests interrupt inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if "PYTEST_XDIST_WORKER" in os.environ:  # there is a process for each core
@@ -115,6 +118,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """
     if "ray" in sys.modules:
         raise pytest.UsageError("a module of tests imports Ray: import it within a function")
+    gc.freeze()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -405,7 +405,7 @@ class Machine:
             for _ in range(MAX_SILENT_BEATS + 1):
                 connection.beat()
 
-    def allow(self, steps: int) -> None:
+    def allow(self, steps: float) -> None:
         for executor in self.executors.values():
             executor.allow(steps)
 

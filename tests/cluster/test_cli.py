@@ -16,13 +16,12 @@ from typing import Any
 import grpc
 import pytest
 import typer
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 import kvmesh.client
 from kvmesh.client import Client, FakeServer, FakeTransport, KVMeshError
 from kvmesh.client import errors as sdk
 from kvmesh.cluster.cli import options as cli_options
-from kvmesh.cluster.cli.commands import app
 from kvmesh.cluster.cli.exits import CommandFailed, ExitCode, exit_code_of, friendly_errors
 from kvmesh.cluster.errors import StartError
 from kvmesh.protos import pb
@@ -39,6 +38,7 @@ from tests.client.servicer import (
     usage,
 )
 from tests.client.test_tls import self_signed
+from tests.in_process import run_kvmesh
 from tests.repo.imports import ROOT
 
 PATIENCE_S = 300.0  # on a machine with other work
@@ -56,7 +56,7 @@ READS = (
 
 def run(*arguments: str, **environ: str) -> Result:
     env = {"COLUMNS": "80", "TERM": "dumb", "KVMESH_API_KEY": None, "KVMESH_TARGET": None}
-    return CliRunner().invoke(app, arguments, env={**env, **environ})
+    return run_kvmesh(arguments, env={**env, **environ})
 
 
 @pytest.fixture
@@ -484,7 +484,7 @@ def test_a_prompt_comes_from_a_file_or_from_stdin(fake: FakeServer, tmp_path: Pa
     file = tmp_path / "prompt.txt"
     file.write_text(text, "utf-8")
     for arguments, stdin in ((("--file", str(file)), None), (("--file", "-"), text), ((), text)):
-        result = CliRunner().invoke(app, ("generate", *arguments), input=stdin)
+        result = run_kvmesh(("generate", *arguments), input=stdin)
         assert result.exit_code == ExitCode.DONE, result.output
         assert fake.requests[-1].prompt.text == text
 
@@ -500,7 +500,7 @@ def test_a_prompt_comes_from_a_file_or_from_stdin(fake: FakeServer, tmp_path: Pa
 def test_a_prompt_that_cannot_be_read_is_a_usage_error(
     fake: FakeServer, arguments: tuple[str, ...], stdin: bytes | None, message: str
 ) -> None:
-    result = CliRunner().invoke(app, ("generate", *arguments), input=stdin)
+    result = run_kvmesh(("generate", *arguments), input=stdin)
     assert result.exit_code == ExitCode.USAGE
     assert message in result.stderr
     assert not fake.requests
@@ -509,7 +509,7 @@ def test_a_prompt_that_cannot_be_read_is_a_usage_error(
 def test_a_chat_without_a_terminal_has_a_message_a_line(fake: FakeServer) -> None:
     """However long it is: a terminal's own line would be cut after 4,095 bytes."""
     long = "word " * 2_000
-    result = CliRunner().invoke(app, ("chat",), input=f"hello\n\n{long}\n")
+    result = run_kvmesh(("chat",), input=f"hello\n\n{long}\n")
     assert result.exit_code == ExitCode.DONE, result.output
     said = [[message.content for message in x.prompt.chat.messages] for x in fake.requests]
     assert said == [["hello"], ["hello", "Paris, of course.", long.strip()]]

@@ -8,22 +8,22 @@ from pathlib import Path
 
 import pytest
 import yaml
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from kvmesh.cluster.cli.commands import app
 from kvmesh.cluster.cli.exits import ExitCode
 from kvmesh.cluster.cli.settings_options import FLAGS, ServeSettings
 from kvmesh.cluster.config import ClusterConfig, build
 from kvmesh.cluster.config_text import default_yaml, json_schema
 from kvmesh.cluster.telemetry import gpus
 from kvmesh.workers.settings import paths_of
+from tests.in_process import run_kvmesh
 from tests.repo.imports import ROOT
 
 SETTINGS_PAGE = (ROOT / "docs/configuration.md").read_text("utf-8")
 
 
 def run(*arguments: str, **environ: str) -> Result:
-    return CliRunner().invoke(app, arguments, env={"COLUMNS": "80", "TERM": "dumb", **environ})
+    return run_kvmesh(arguments, env={"COLUMNS": "80", "TERM": "dumb", **environ})
 
 
 @pytest.fixture

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from kvmesh.cluster.cli.commands import app
 from kvmesh.cluster.cli.eval_plot import plot_perplexity
 from kvmesh.cluster.cli.formats_command import describe
 from kvmesh.kernels.formats.registry import format_names, get_format
 from kvmesh.workers.evaluation.reports import FormatPerplexity, PerplexityReport
+from tests.in_process import run_kvmesh
 from tests.model.small import make_small_model, make_small_tokenizer
 from tests.repo.imports import ROOT
 
@@ -32,7 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def run(*arguments: str) -> Result:
-    return CliRunner().invoke(app, arguments, env={"COLUMNS": "80", "TERM": "dumb"})
+    return run_kvmesh(arguments, env={"COLUMNS": "80", "TERM": "dumb"})
 
 
 def evaluate(command: str, model: str, *arguments: str) -> Result:

@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
-from kvmesh.cluster.cli.commands import app as command_line
 from kvmesh.cluster.config import AuthSection, ClusterConfig, build
 from kvmesh.cluster.config_sources import load
 from kvmesh.cluster.config_text import block_yaml, changed
@@ -20,6 +18,7 @@ from kvmesh.cluster.errors import StartError
 from kvmesh.cluster.lifecycle import Cluster
 from kvmesh.cluster.serve_config import SERVICER, anywhere, behind_proxy, for_nodes, serve_config
 from kvmesh.workers.errors import ConfigError, ConfigErrors
+from tests.in_process import run_kvmesh
 from tests.model.small import make_small_model
 
 # Ray's own, at its import.
@@ -235,16 +234,16 @@ def test_a_serve_that_has_what_is_needed_is_used(monkeypatch: pytest.MonkeyPatch
 
 def test_the_command_prints_it() -> None:
     environ = {"KVMESH_AUTH__MODE": "none", "KVMESH_GROUPS": "2"}
-    printed = CliRunner().invoke(command_line, ["config", "--serve"], env=environ)
+    printed = run_kvmesh(["config", "--serve"], env=environ)
     expected = for_nodes(load(environ=environ).config)
     assert yaml.safe_load(printed.stdout) == serve_config(expected)
-    both = CliRunner().invoke(command_line, ["config", "--serve", "--schema"])
+    both = run_kvmesh(["config", "--serve", "--schema"])
     assert both.exit_code == 2
 
 
 def test_a_layout_that_is_not_chosen_is_not_deployed() -> None:
     """Serve would be given one group on one GPU, with no word of it."""
-    printed = CliRunner().invoke(command_line, ["config", "--serve", "--layout", "auto"])
+    printed = run_kvmesh(["config", "--serve", "--layout", "auto"])
     assert printed.exit_code != 0 and printed.stdout == ""
     with pytest.raises(ConfigError, match="is auto only for `kvmesh serve`"):
         serve_config(for_nodes(build({"layout": {"mode": "auto"}})))
@@ -252,7 +251,7 @@ def test_a_layout_that_is_not_chosen_is_not_deployed() -> None:
 
 def test_the_variables_of_nodes_are_for_a_shell(tmp_path: Path) -> None:
     size = {"KVMESH_INGRESS__MAX_REQUEST_BYTES": "1MiB", "XDG_STATE_HOME": str(tmp_path)}
-    printed = CliRunner().invoke(command_line, ["config", "--variables"], env=size).stdout
+    printed = run_kvmesh(["config", "--variables"], env=size).stdout
     shell = f"{printed}\necho $RAY_SERVE_ENABLE_HA_PROXY $RAY_SERVE_GRPC_MAX_MESSAGE_SIZE"
     assert subprocess.check_output(["sh", "-c", shell], text=True) == "1 2097152\n"
 
@@ -262,7 +261,7 @@ def test_a_node_runs_haproxy_by_the_launcher(tmp_path: Path) -> None:
     home = tmp_path / "with space"
     environ = {"XDG_STATE_HOME": str(home)}
     for _ in range(2):
-        printed = CliRunner().invoke(command_line, ["config", "--variables"], env=environ).stdout
+        printed = run_kvmesh(["config", "--variables"], env=environ).stdout
     (tmp_path / "haproxy.cfg").write_text("frontend stats\n    bind *:8404\n")
     run = f'{printed}\n"$RAY_SERVE_HAPROXY_BINARY_PATH" -c -f haproxy.cfg'
     subprocess.run(["sh", "-c", run], cwd=tmp_path, check=False, capture_output=True)

@@ -26,6 +26,7 @@ from kvmesh.cluster.ingress import admin_wire
 from kvmesh.workers import engine_thread
 from tests.cluster.machine import TENANT, machine
 from tests.cluster.test_metrics import generate
+from tests.workers.test_leader import MANY
 
 GIB = 1 << 30
 NO_LATENCY = LatencySummary(0, 0.0, 0.0, 0.0, 0.0)
@@ -128,7 +129,7 @@ async def test_the_oldest_sequences_are_named_as_their_clients_named_them(
         built.engines["g0"]._account.report_now()
         await built.until(lambda: bool(built.router.status().requests))
         (group,) = admin_wire.loads(built.router.status()).groups
-        built.allow(10_000)
+        built.allow(MANY)
         await running
     (one,) = group.oldest
     assert (one.tenant, one.request_id) == (TENANT, "my-request")

@@ -31,11 +31,11 @@ from kvmesh.workers.errors import ConfigError
 from tests.cluster.machine import TENANT, Machine, machine
 from tests.cluster.otlp import receiver
 from tests.cluster.test_generation import PROMPT, fill_engine
+from tests.workers.test_leader import MANY
 
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
 CALLER = ("traceparent", f"00-{TRACE_ID}-b7ad6b7169203331-01")
 UNSAMPLED = ("traceparent", f"00-{TRACE_ID}-b7ad6b7169203331-00")
-MANY = 10_000
 
 
 def request(max_tokens: int = 4, **params: Any) -> pb.GenerateRequest:

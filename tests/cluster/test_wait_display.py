@@ -8,12 +8,12 @@ from collections.abc import Iterator
 
 import pytest
 from rich.console import Console
-from typer.testing import CliRunner
 
 import kvmesh.client
 from kvmesh.client import Client, Delta, FakeTransport, Prefilling, Queued, Started, StreamEvent
 from kvmesh.cluster.cli.console import human_wait
 from kvmesh.cluster.cli.wait_display import WaitDisplay
+from tests.in_process import run_kvmesh
 
 WAITS = (Queued(3, 75.3), Queued(1, None), Queued(0, 0.2), Prefilling(1 << 19, 1024, 1 << 20))
 
@@ -72,9 +72,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTransport]:
 
 @pytest.mark.parametrize("command", [["generate", "hi"], ["chat"]])
 def test_piped_commands_print_the_text_alone(fake: FakeTransport, command: list[str]) -> None:
-    from kvmesh.cluster.cli.commands import app
 
-    result = CliRunner().invoke(app, command, input="hi\n\n")
+    result = run_kvmesh(command, input="hi\n\n")
     assert result.exit_code == 0
     assert "Paris, of course.\n" in result.stdout
     assert "ahead" not in result.output

@@ -25,7 +25,7 @@ from kvmesh.cluster.environment import serve_variables
 from kvmesh.cluster.serve_config import for_nodes, serve_config
 from kvmesh.protos import pb
 from tests.client.servicer import ScriptedServicer, answering, serving
-from tests.helm.tool import CHART, HelmError, only, render, run
+from tests.helm.tool import CHART, HelmError, objects_in, only, render, run
 from tests.repo.imports import ROOT
 
 # Ray's own, at its import.
@@ -99,8 +99,7 @@ def definition(kind: str) -> dict[str, Any]:
     path = DEFINITIONS / f"{group}_{kind.lower()}s.yaml.gz"
     if not path.exists():
         pytest.skip(f"{path.name} is not here")
-    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    found = yaml.load(gzip.decompress(path.read_bytes()), loader)
+    (found,) = objects_in(gzip.decompress(path.read_bytes()))
     (version,) = (x for x in found["spec"]["versions"] if x["name"] == "v1")
     schema: dict[str, Any] = strict(version["schema"]["openAPIV3Schema"])
     return schema
@@ -522,14 +521,14 @@ def test_alerts_and_dashboards_are_those_in_files(tmp_path: Path) -> None:
     )
     (chart / "files/dashboards").mkdir()
     (chart / "files/dashboards/the_fleet.json").write_text('{"title": "{{group}}"}\n')
-    objects = [x for x in yaml.safe_load_all(run("template", "r", chart, *on)) if x]
+    objects = objects_in(run("template", "r", chart, *on))
     groups = only(objects, "PrometheusRule")["spec"]["groups"]
     assert groups == [{"name": "g", "rules": [rule]}]
     dashboard = only(objects, "ConfigMap")
     assert dashboard["metadata"]["name"] == "r-kvmesh-dashboard-the-fleet"
     assert dashboard["metadata"]["labels"]["grafana_dashboard"] == "1"
     assert dashboard["data"] == {"the_fleet.json": '{"title": "{{group}}"}\n'}
-    off = [x["kind"] for x in yaml.safe_load_all(run("template", "r", chart)) if x]
+    off = [x["kind"] for x in objects_in(run("template", "r", chart))]
     assert "PrometheusRule" not in off and "ConfigMap" not in off
 
 

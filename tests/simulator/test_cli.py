@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from kvmesh.cluster.cli.commands import app
 from kvmesh.cluster.simulator.hardware import model_shape
 from kvmesh.workers.errors import ConfigError
+from tests.in_process import run_kvmesh
 
 QWEN = {
     "hidden_size": 1536,
@@ -24,7 +24,7 @@ QWEN = {
 
 
 def run(*arguments: str) -> Result:
-    return CliRunner().invoke(app, ["simulate", *arguments])
+    return run_kvmesh(["simulate", *arguments])
 
 
 def test_it_runs_without_a_trace_within_80_columns() -> None:

@@ -1,7 +1,7 @@
 """An executor that stores tokens in place of keys and values, and checks every read.
 
-A slot holds (position, chain before it, token), where a chain is a hash over all
-tokens so far. So a page that is read in the wrong place, too early, too late or in the
+A slot holds (position, chain before its token, chain with it), where a chain is a hash
+over all tokens so far. So a page that is read in the wrong place, too early, too late or in the
 wrong form is always detected, and the sampled token depends only on the whole
 sequence and on the request's top_k, so that equal prompts can have different
 outputs. For sequences with penalties it also checks that it was given every token of
@@ -32,7 +32,7 @@ from kvmesh.workers.plan import (
 )
 
 State = int  # the chain over a sequence's first tokens
-Slot = tuple[int, State, int]
+Slot = tuple[int, State, State]  # position, the chain before its token and with it
 Page = list[Slot | None]
 
 TP = 2  # ranks that have equal pages
@@ -276,8 +276,8 @@ class MemoryExecutor(StepByStep):
             page, offset = divmod(position, self._page_size)
             if offset == 0:
                 self._hot[self._hot_table[chunk.row, page]] = self._empty()
-            self._hot[self._hot_table[chunk.row, page]][offset] = (position, state, int(token))
-            state = chain(state, int(token))
+            before, state = state, chain(state, int(token))
+            self._hot[self._hot_table[chunk.row, page]][offset] = (position, before, state)
 
     def _state_before(self, chunk: Chunk) -> State:
         if chunk.start == 0:
@@ -285,7 +285,7 @@ class MemoryExecutor(StepByStep):
         page, offset = divmod(chunk.start - 1, self._page_size)
         slot = self._form(chunk.row, page, chunk.start // self._page_size)[offset]
         assert slot is not None
-        return chain(slot[1], slot[2])
+        return slot[2]
 
     def _form(self, row: int, page: int, query_page: int) -> Page:
         """The form in which a query must read a key's page."""
@@ -303,6 +303,6 @@ class MemoryExecutor(StepByStep):
                 slots = self._form(chunk.row, page, query_page)
                 for slot in slots[: chunk.end - position]:
                     assert slot is not None and slot[:2] == (position, state), (position, slot)
-                    state = chain(state, slot[2])
+                    state = slot[2]
                     position += 1
         return state

@@ -15,9 +15,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from typer.testing import CliRunner
 
-from kvmesh.cluster.cli.commands import app
 from kvmesh.kernels.formats.base import LayerParams, PageShape
 from kvmesh.kernels.formats.comparison.nuq.rope import RopePairs, phases
 from kvmesh.kernels.formats.comparison.nuq.side import NonUniform
@@ -38,6 +36,7 @@ from kvmesh.workers.model.hook import AttendArgs
 from kvmesh.workers.model.load import load_model
 from kvmesh.workers.model.rope import Rope
 from kvmesh.workers.parallel.comm import Communicator
+from tests.in_process import run_kvmesh
 from tests.model.attend import _attention
 from tests.model.cases import CASES
 from tests.model.small import make_small_model, make_small_tokenizer
@@ -465,7 +464,7 @@ def test_outliers_and_levels_follow_fisher_information() -> None:
 
 
 def invoke(*arguments: str) -> tuple[int, str]:
-    result = CliRunner().invoke(app, ["calibrate", *arguments], env={"COLUMNS": "300"})
+    result = run_kvmesh(["calibrate", *arguments], env={"COLUMNS": "300"})
     return result.exit_code, result.output
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -36,7 +37,7 @@ from tests.workers.memory_executor import MemoryExecutor, expected_output
 from tests.workers.test_engine import PAGE, request, tokens_of
 
 CONFIG = EngineConfig(model="memory", page_size=PAGE, max_num_seqs=4, max_num_batched_tokens=16)
-MANY = 10_000
+MANY = math.inf
 ENDLESS = SamplingParams(temperature=0.0, max_tokens=700, ignore_eos=True)
 
 
@@ -45,16 +46,21 @@ class GatedExecutor(MemoryExecutor):
 
     def __init__(self, budget: int = 400) -> None:
         super().__init__(PAGE, 0, 0, budget)
-        self.permits = threading.Semaphore(0)
+        self.permits: float = 0
+        self.permitted = threading.Condition()
         self.started = 0  # steps, the one that waits for its permit among them
         self.error: Exception | None = None
 
-    def allow(self, steps: int) -> None:
-        self.permits.release(steps)
+    def allow(self, steps: float) -> None:
+        with self.permitted:
+            self.permits += steps
+            self.permitted.notify_all()
 
     def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
         self.started += 1
-        assert self.permits.acquire(timeout=60)
+        with self.permitted:
+            assert self.permitted.wait_for(lambda: self.permits > 0, timeout=60)
+            self.permits -= 1
         if self.error is not None:
             raise self.error
         return super().execute(plan, masks)

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from kvmesh.cluster.cli.commands import app
 from kvmesh.cluster.cli.exits import ExitCode
 from tests.cluster.batch.test_batch_run import Files, asking
 from tests.cluster.offline.tiny_llm import ENGINE, GREEDY, tiny_llm
+from tests.in_process import run_kvmesh
 from tests.workers.structured.tiny import model_path
 
 SETTINGS = [f"--set=engine.{name}={value}" for name, value in ENGINE.items()]
@@ -20,7 +20,7 @@ SETTINGS = [f"--set=engine.{name}={value}" for name, value in ENGINE.items()]
 
 def run(*arguments: str, **options: Any) -> Result:
     env = {"COLUMNS": "80", "TERM": "dumb", "KVMESH_API_KEY": None}
-    return CliRunner().invoke(app, ["run", *arguments], env=env, **options)
+    return run_kvmesh(["run", *arguments], env=env, **options)
 
 
 def run_here(files: Files, *more: str) -> Result:
