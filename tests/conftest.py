@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -119,6 +120,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if "ray" in sys.modules:
         raise pytest.UsageError("a module of tests imports Ray: import it within a function")
     gc.freeze()
+    # To loggers that do not propagate pytest adds its handlers at every test, three times each.
+    for name in list(logging.root.manager.loggerDict):
+        if name.partition(".")[0] in ("torch", "transformers"):
+            logging.getLogger(name).propagate = True
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

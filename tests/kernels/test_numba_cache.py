@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -112,16 +114,20 @@ def was_loaded(loop: Any) -> bool:
     return bool(loop.stats.cache_hits)
 
 
-def keep_in(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def kept_in(directory: Path | str) -> Iterator[None]:
     """By Numba's variable: it reads them again whenever one has changed since it last looked."""
-    monkeypatch.setenv("NUMBA_CACHE_DIR", directory)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NUMBA_CACHE_DIR", str(directory))
+        numba.config.reload_config()
+        yield
     numba.config.reload_config()
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    keep_in(str(tmp_path), monkeypatch)
-    return tmp_path / "kvmesh-loops"
+def cache(tmp_path: Path) -> Iterator[Path]:
+    with kept_in(tmp_path):
+        yield tmp_path / "kvmesh-loops"
 
 
 def test_loops_are_distinguished_by_name_types_and_sources(
@@ -148,21 +154,19 @@ def test_a_damaged_file_is_compiled_again(cache: Path, content: bytes | None) ->
     assert list(cache.iterdir()) == [file]
 
 
-def test_a_directory_that_cannot_be_written_does_no_harm(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_directory_that_cannot_be_written_does_no_harm(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
-    keep_in(str(file), monkeypatch)
-    loop = make_loop(2)
-    assert loop(np.float32(1.5)) == 3.0
+    with kept_in(file):
+        loop = make_loop(2)
+        assert loop(np.float32(1.5)) == 3.0
     assert file.read_bytes() == b""
 
 
-def test_without_a_directory_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    keep_in("", monkeypatch)
-    loop = make_loop(2)
-    assert loop(3) == 6 and loop.stats.cache_path is None
+def test_without_a_directory_nothing_is_kept() -> None:
+    with kept_in(""):
+        loop = make_loop(2)
+        assert loop(3) == 6 and loop.stats.cache_path is None
 
 
 def test_a_digest_follows_names_and_contents(tmp_path: Path) -> None:
