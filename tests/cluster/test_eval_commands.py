@@ -162,13 +162,19 @@ def test_formats_refuses_an_unsupported_page_size() -> None:
     assert result.exit_code == 2 and "--page-size" in result.stderr
 
 
-@pytest.mark.parametrize("losses", [[], [-0.001], [0.0001, 0.02, 0.02, 30.0]])
-def test_any_losses_can_be_plotted(losses: list[float], tmp_path: Path) -> None:
+LOSSES = [[], [-0.001], [0.0001, 0.02, 0.02, 30.0]]
+
+
+@pytest.mark.parametrize("reports", [*([losses] for losses in LOSSES), LOSSES])
+def test_any_losses_can_be_plotted(reports: list[list[float]], tmp_path: Path) -> None:
+    """A list of losses for each report."""
     rows = [
-        FormatPerplexity(f"f{i}", 20.0, loss, 0.0, None, 4.0, 4.0 + i % 2, 4.0, 1000.0, 0, 0)
-        for i, loss in enumerate([0.0, *losses])
+        [
+            FormatPerplexity(f"f{i}", 20.0, loss, 0.0, None, 4.0, 4.0 + i % 2, 4.0, 1000.0, 0, 0)
+            for i, loss in enumerate([0.0, *losses])
+        ]
+        for losses in reports
     ]
-    report = PerplexityReport("m", "r", "float32", "exact", 64, 2048, 1, 2047, rows)
-    for reports in ([report], [report, report, report]):
-        plot_perplexity(reports, tmp_path / "a.png")
-        assert (tmp_path / "a.png").read_bytes().startswith(PNG)
+    made = [PerplexityReport("m", "r", "float32", "exact", 64, 2048, 1, 2047, x) for x in rows]
+    plot_perplexity(made, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(PNG)

@@ -100,7 +100,7 @@ def _reached(links: set[Link]) -> dict[str, set[str]]:
 def drawing() -> str:
     """A line a unit, importers first."""
     files = module_files()
-    imports = imports_by_module(files)
+    imports = imports_by_module()
     at_load = set(links_between(drawn_unit_of, files, imports))
     later = set(links_between(drawn_unit_of, files, imports, at_load=False)) - at_load
     units = {unit for module in files if (unit := drawn_unit_of(module)) is not None}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,11 +52,12 @@ def module_files(root: Path = ROOT) -> dict[str, Path]:
     return files
 
 
-def imports_by_module(files: dict[str, Path]) -> dict[str, list[Import]]:
+@cache
+def imports_by_module() -> dict[str, list[Import]]:
     """What each of these modules imports, by the module's full name."""
     return {
         name: imports_of(path.read_text("utf-8"), name, path.name == "__init__.py")
-        for name, path in files.items()
+        for name, path in module_files().items()
     }
 
 
@@ -84,9 +86,10 @@ def _imports(node: ast.AST, package: str, at_load: bool) -> Iterator[Import]:
         for part in node.orelse:
             yield from _imports(part, package, at_load)
     else:
-        inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         for child in ast.iter_child_nodes(node):
-            yield from _imports(child, package, at_load and not inside)
+            if not isinstance(child, ast.expr):  # in which nothing is imported
+                yield from _imports(child, package, at_load and not inside)
 
 
 def _is_type_checking(test: ast.expr) -> bool:

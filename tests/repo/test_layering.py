@@ -63,7 +63,6 @@ TORCH_FREE = {
 }
 
 FILES = module_files()
-IMPORTS = imports_by_module(FILES)
 
 
 def modules_of(*layers: str) -> list[str]:
@@ -90,7 +89,7 @@ def test_a_layer_imports_only_lower_layers(layer: str) -> None:
     faults = [
         where(module, imported)
         for module in modules_of(layer)
-        for imported in IMPORTS[module]
+        for imported in imports_by_module()[module]
         if not may_import(layer, imported.module)
     ]
     assert not faults, "\n".join(faults)
@@ -101,7 +100,7 @@ def test_our_folders_are_imported_by_their_full_names(layer: str) -> None:
     faults = [
         where(module, imported)
         for module in FILES
-        for imported in IMPORTS[module]
+        for imported in imports_by_module()[module]
         if imported.module.split(".")[0] == layer
     ]
     assert not faults, "\n".join(faults)
@@ -113,7 +112,7 @@ def test_the_base_layers_import_few_third_parties(layer: str) -> None:
     faults = [
         where(module, imported)
         for module in modules_of(layer)
-        for imported in IMPORTS[module]
+        for imported in imports_by_module()[module]
         if imported.module.split(".")[0] not in allowed
     ]
     assert not faults, "\n".join(faults)
@@ -121,7 +120,7 @@ def test_the_base_layers_import_few_third_parties(layer: str) -> None:
 
 def test_folders_do_not_import_each_other() -> None:
     """Nor a folder and a file next to it, and not in a circle of several either."""
-    links = links_between(unit_of, FILES, IMPORTS)
+    links = links_between(unit_of, FILES, imports_by_module())
     faults = [line for link in sorted(cyclic(links)) for line in sorted(links[link])]
     assert not faults, "these imports close a circle:\n" + "\n".join(faults)
 
@@ -131,7 +130,7 @@ def test_ray_stays_at_the_edge() -> None:
         where(module, imported)
         for module in FILES
         if layer_of(module) != "cluster" and module not in RAY_MODULES
-        for imported in IMPORTS[module]
+        for imported in imports_by_module()[module]
         if imported.module.split(".")[0] == "ray"
     ]
     assert not faults, "\n".join(faults)
@@ -144,7 +143,7 @@ def loaded_with(module: str) -> dict[str, str]:
     while waiting:
         current = waiting.pop()
         parents = [current.rsplit(".", n)[0] for n in range(1, current.count(".") + 1)]
-        loads = parents + [i.module for i in IMPORTS.get(current, ()) if i.at_load]
+        loads = parents + [i.module for i in imports_by_module().get(current, ()) if i.at_load]
         for name in loads:
             if name not in chains:
                 chains[name] = f"{chains[current]} -> {name}"
