@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 from kvmesh.workers.model import embedded, store
+from kvmesh.workers.model.chat import Conversation
 from kvmesh.workers.model.facts import eos_token_ids, read_facts
 from kvmesh.workers.model.gguf import check_gguf
 from kvmesh.workers.model.load import load_model
@@ -313,6 +314,16 @@ def test_a_gguf_stops_at_every_token_that_ends_a_turn(copy: Path, tmp_path: Path
     assert tokenizer.encode("a<|eot_id|>")[-1] == vocab["<|eot_id|>"]
 
 
+def test_a_gguf_has_all_its_chat_templates(copy: Path, tmp_path: Path) -> None:
+    more: dict[str, Any] = {"tokenizer__chat_template__tool_use": "{{ tools }}"}
+    file = make_small_gguf(tmp_path / "a.gguf", copy, **more)
+    path = resolve_model(str(file), root=tmp_path / "store").path
+    templates = Tokenizer.load(path).chat_templates
+    assert {*templates.names} == {"default", "tool_use"}
+    (piece,) = templates.render(Conversation([], template_name="tool_use", tools=[{"a": 1}]), True)
+    assert piece.text == "[{'a': 1}]"
+
+
 def test_padding_of_a_gguf_is_not_its_text(copy: Path, tmp_path: Path) -> None:
     """Nor is a token before the end that is not used, with the merge that makes it."""
     vocab = _rename(copy, {_last_token(copy): "[PAD319]"})
@@ -593,11 +604,13 @@ def _spoil_adapter(path: Path) -> None:
 
 def _spoil_index(path: Path) -> None:
     index = {"weight_map": {"w": "../tiny-llama/model.safetensors"}}
+    (path / "model.safetensors").unlink()
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def _spoil_shard(path: Path) -> None:
     index = {"weight_map": {"w": "model-00001-of-00002.safetensors"}}
+    (path / "model.safetensors").unlink()
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
@@ -632,6 +645,12 @@ def test_a_copy_of_the_weights_is_not_read(llama: Path, copy: Path) -> None:
     shutil.copy(copy / "model.safetensors", copy / "consolidated.safetensors")
     assert read_facts(copy).revision == read_facts(llama).revision
     assert read_facts(copy).weight_bytes == read_facts(llama).weight_bytes
+
+
+def test_an_index_that_was_left_behind_is_not_read(llama: Path, copy: Path) -> None:
+    index = {"weight_map": {"w": "model-00001-of-00002.safetensors"}}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert read_facts(copy).revision == read_facts(llama).revision
 
 
 def test_the_revision_depends_on_weights_and_configuration(llama: Path, copy: Path) -> None:

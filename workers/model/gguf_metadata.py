@@ -104,6 +104,12 @@ class GGUFMetadata:
         """A value of the tokenizer, None if the file has none."""
         return self._all_values.get(f"tokenizer.ggml.{name}")
 
+    def chat_templates(self) -> dict[str, str]:
+        """By name: those besides the one that is used if a request names none."""
+        first = "tokenizer.chat_template."
+        values = self._all_values.items()
+        return {key.removeprefix(first): text for key, text in values if key.startswith(first)}
+
     @property
     def tokens(self) -> list[str]:
         """All tokens as the file spells them, by id."""

@@ -24,7 +24,7 @@ from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.model.facts import NAME_FILE
 
 # To be raised when entries are made otherwise, so that those of an older version are made again.
-_MANIFEST_VERSION = 3
+_MANIFEST_VERSION = 4
 _DIGESTED_BYTES = 16 << 20  # larger files are checked only by their size
 
 

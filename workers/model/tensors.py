@@ -62,23 +62,19 @@ def read_tensors(path: Path) -> Mapping[str, TensorInfo]:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(_read_index(index)))
-        files = [path / name for name in names]
-        for name, file in zip(names, files, strict=True):
-            if Path(name).name != name:
-                raise ConfigError("model", f"{index} points outside its directory: {name}")
-            if not file.is_file():
-                raise ConfigError("model", f"{file} is missing, but {index.name} lists it")
-        return files
+    """The files that transformers reads."""
     if (path / _ADAPTER).exists():
         raise UnsupportedModelError(
             "model", f"{path / _ADAPTER} is an adapter, which is not applied; merge it"
         )
-    # Others next to it are copies for other programs, such as consolidated.safetensors.
-    whole = path / "model.safetensors"
-    files = [whole] if whole.exists() else sorted(path.glob("*.safetensors"))
+    # Others next to it are copies for other programs, such as consolidated.safetensors, or left
+    # over, such as an index.
+    whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if whole.exists():
+        return [whole]
+    if index.exists():
+        return _listed_files(index)
+    files = sorted(path.glob("*.safetensors"))
     if files:
         return files
     pickled = sorted(f.name for f in path.iterdir() if f.suffix in _PICKLED_SUFFIXES)
@@ -89,6 +85,17 @@ def _weight_files(path: Path) -> list[Path]:
             " convert the weights to safetensors",
         )
     raise ConfigError("model", f"{path} contains no *.safetensors weights")
+
+
+def _listed_files(index: Path) -> list[Path]:
+    names = sorted(set(_read_index(index)))
+    files = [index.parent / name for name in names]
+    for name, file in zip(names, files, strict=True):
+        if Path(name).name != name:
+            raise ConfigError("model", f"{index} points outside its directory: {name}")
+        if not file.is_file():
+            raise ConfigError("model", f"{file} is missing, but {index.name} lists it")
+    return files
 
 
 def _read_index(index: Path) -> list[str]:
