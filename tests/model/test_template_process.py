@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -83,6 +85,33 @@ def test_a_template_that_does_not_end_is_killed(
         process.render(given(source))
     monkeypatch.undo()
     assert served(process)
+
+
+@pytest.mark.parametrize("length", [1, 1 << 20])  # in a pipe, and more than it holds
+def test_a_process_that_does_not_read_is_killed(
+    process: TemplateProcess, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert served(process)
+    assert process._child is not None
+    os.kill(process._child.pid, signal.SIGSTOP)
+    monkeypatch.setattr(process, "_timeout_s", 0.05)
+    with pytest.raises(TemplateTimeoutError):
+        process.render(Conversation([{"role": "user", "content": "x" * length}]))
+    monkeypatch.undo()
+    assert served(process)
+
+
+def test_the_parent_may_have_many_descriptors(process: TemplateProcess) -> None:
+    process.close()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.ExitStack() as cleanup:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+        cleanup.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        for _ in range(1100):
+            cleanup.enter_context(open(os.devnull))
+        assert served(process)
+        assert process._child is not None and process._child.stdin is not None
+        assert process._child.stdin.fileno() > 1024
 
 
 def test_a_process_that_has_died_is_started_again(process: TemplateProcess) -> None:

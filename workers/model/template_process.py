@@ -88,6 +88,8 @@ class TemplateProcess:
                     "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
                 },
             )
+            assert self._child.stdin is not None
+            os.set_blocking(self._child.stdin.fileno(), False)
 
     def render(self, chat: Conversation, add_generation_prompt: bool = True) -> list[PromptPiece]:
         """See ChatTemplates.render; raises TemplateTimeoutError as well."""
@@ -126,18 +128,25 @@ class TemplateProcess:
         """The child's answer. Raises TimeoutError, OSError, EOFError."""
         assert self._child is not None and self._child.stdin is not None
         assert self._child.stdout is not None
+        source, target = self._child.stdout.fileno(), self._child.stdin.fileno()
         deadline = time.monotonic() + timeout_s
-        _write(self._child.stdin, frame)
-        source = self._child.stdout.fileno()
-        received = bytearray()
+        waiting = select.poll()  # not select(): an ingress has more than 1,024 descriptors
+        waiting.register(source, select.POLLIN)
+        waiting.register(target, select.POLLOUT)
+        left, received = memoryview(_framed(frame)), bytearray()
         while len(received) < _LENGTH_BYTES or len(received) < _LENGTH_BYTES + _length(received):
-            left_s = deadline - time.monotonic()
-            if left_s <= 0 or not select.select([source], [], [], left_s)[0]:
+            ready = waiting.poll(max(0.0, deadline - time.monotonic()) * 1000)
+            if not ready:
                 raise TimeoutError
-            block = os.read(source, _READ_BYTES)
-            if not block:
-                raise EOFError
-            received += block
+            if any(descriptor == source for descriptor, _ in ready):
+                block = os.read(source, _READ_BYTES)
+                if not block:
+                    raise EOFError
+                received += block
+            else:
+                left = left[os.write(target, left) :]
+                if not left:
+                    waiting.unregister(target)
         return bytes(received[_LENGTH_BYTES:])
 
 
@@ -201,9 +210,12 @@ def _length(frame: bytes | bytearray) -> int:
     return int.from_bytes(frame[:_LENGTH_BYTES], "little")
 
 
-def _write(target: BinaryIO | Any, frame: bytes) -> None:
-    target.write(len(frame).to_bytes(_LENGTH_BYTES, "little"))
-    target.write(frame)
+def _framed(frame: bytes) -> bytes:
+    return len(frame).to_bytes(_LENGTH_BYTES, "little") + frame
+
+
+def _write(target: BinaryIO, frame: bytes) -> None:
+    target.write(_framed(frame))
     target.flush()
 
 
