@@ -112,10 +112,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object | Non
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Ray reads once, when it is imported, whether it has to send tokens.
+    """Check what the tests have imported, and keep it from slowing each of them down.
 
-    Imported by a module of tests, it sends none to the first cluster that the tests start, and
-    waits for that without end.
+    Ray reads once, when it is imported, whether it has to send tokens. Imported by a module of
+    tests, it sends none to the first cluster that the tests start, and waits for that without end.
     """
     if "ray" in sys.modules:
         raise pytest.UsageError("a module of tests imports Ray: import it within a function")

@@ -54,7 +54,7 @@ def module_files(root: Path = ROOT) -> dict[str, Path]:
 
 @cache
 def imports_by_module() -> dict[str, list[Import]]:
-    """What each of these modules imports, by the module's full name."""
+    """What each module of the checkout imports, by its full name."""
     return {
         name: imports_of(path.read_text("utf-8"), name, path.name == "__init__.py")
         for name, path in module_files().items()

@@ -35,9 +35,9 @@ def test_every_test_runs_once() -> None:
         ["ray"],
     ]
     whole = MAKEFILE[MAKEFILE.index("\ntest:") :].partition("else\n")[2].partition("endif")[0]
-    assert whole.split("\n\t") == [
-        "\t$(MAKE) coverage",
-        "$(MAKE) test-slow test-ray\n",
+    assert re.findall(r"(?<=\t\$\(MAKE\) ).*", whole) == [
+        "coverage",
+        "test-slow test-ray",
     ]
     assert "\nmake test </dev/null\n" in (ROOT / ".ci/run").read_text("utf-8")
 
