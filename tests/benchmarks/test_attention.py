@@ -120,6 +120,7 @@ def test_wrong_output_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
         attention.main(["--dry-run", "--format", "exact"])
 
 
+@pytest.mark.slow
 def test_a_wrong_baseline_gets_no_figure(
     flashinfer: type[StandIn], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -130,6 +131,7 @@ def test_a_wrong_baseline_gets_no_figure(
     assert "off by" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_without_flashinfer_sdpa_is_the_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flashinfer", None)
     found = measure_baselines(Shape(1, 70, 1, 2, 64))

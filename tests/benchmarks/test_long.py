@@ -24,6 +24,7 @@ def test_prompts_are_long_and_the_second_shares_all_but_its_end(
     assert 9_000 < len(found["text"].prompt.text) <= 10_100
 
 
+@pytest.mark.slow
 def test_steps_of_a_long_sequence_are_measured() -> None:
     figures = long_steps.measure(1000)
     assert figures["context"] == 1000

@@ -29,6 +29,7 @@ def test_a_scaled_mix_has_the_same_number_of_pages() -> None:
         assert -(-whole.output // 64) == -(-scaled.output // 16)
 
 
+@pytest.mark.slow
 def test_kernels_are_checked_in_the_shape_that_is_served() -> None:
     throughput.check_kernels(["exact", "k4v2"], SHAPES["tiny"], 64)
 

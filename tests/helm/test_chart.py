@@ -606,6 +606,7 @@ def test_what_cannot_work_is_refused_by_name(values: dict[str, Any], named: str)
 # What follows from the code
 
 
+@pytest.mark.slow
 def test_generated_files_are_current() -> None:
     done = subprocess.run(
         [sys.executable, "helm/generate.py", "--check"], cwd=ROOT, capture_output=True, text=True

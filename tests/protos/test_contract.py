@@ -33,11 +33,13 @@ def check(folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_stubs_are_current() -> None:
     result = check(ROOT / "protos")
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_the_check_finds_stale_stubs(tmp_path: Path) -> None:
     folder = shutil.copytree(ROOT / "protos", tmp_path / "protos")
     stubs = folder / "kvmesh/v1"

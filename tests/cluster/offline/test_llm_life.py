@@ -36,6 +36,13 @@ DOCUMENT = (ROOT / "docs/offline.md").read_text("utf-8")
 LONG: dict[str, Any] = {"max_tokens": 900, "ignore_eos": True}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def little_to_collect() -> None:
+    """An LLM that closes collects garbage, and is not to walk what earlier tests have left."""
+    gc.collect()
+    gc.freeze()
+
+
 def test_a_closed_llm_says_so() -> None:
     made = tiny_llm()
     client, stream = made.client, made.stream("x", **LONG)
