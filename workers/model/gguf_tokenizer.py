@@ -82,8 +82,9 @@ def convert_tokenizer(file: Path, metadata: GGUFMetadata, target: Path) -> None:
         _add_no_space(raw)
     _begin_and_end(raw, {"add_bos_token": pre in _WORDS_FIRST, **config})
     names = {name: config[name] for name in _NAMES if config[name] is not None}
-    templates = [{"name": k, "template": v} for k, v in metadata.chat_templates().items()]
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", **names, "chat_template": templates}
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+    if named := metadata.chat_templates():
+        about["chat_template"] = [{"name": k, "template": v} for k, v in named.items()]
     (target / "tokenizer.json").write_text(raw.to_str(pretty=True), encoding="utf-8")
     (target / "tokenizer_config.json").write_text(json.dumps(about, indent=2))
     if template := config.get("chat_template"):
