@@ -602,6 +602,13 @@ def _spoil_adapter(path: Path) -> None:
     shutil.copy(path / "model.safetensors", path / "adapter_model.safetensors")
 
 
+def _spoil_adapter_of_shards(path: Path) -> None:
+    _spoil_adapter(path)
+    (path / "model.safetensors").rename(path / "model-00001-of-00001.safetensors")
+    index = {"weight_map": {"w": "model-00001-of-00001.safetensors"}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def _spoil_index(path: Path) -> None:
     index = {"weight_map": {"w": "../tiny-llama/model.safetensors"}}
     (path / "model.safetensors").unlink()
@@ -629,6 +636,7 @@ def _spoil_config(path: Path) -> None:
         (_spoil_empty, r"model\.safetensors is not a safetensors file"),
         (_spoil_pickle, r"pytorch_model\.bin is a pickle"),
         (_spoil_adapter, r"adapter_model\.safetensors is an adapter"),
+        (_spoil_adapter_of_shards, r"adapter_model\.safetensors is an adapter"),
         (_spoil_index, r"points outside"),
         (_spoil_shard, r"model-00001-of-00002\.safetensors is missing"),
         (_spoil_config, r"config\.json must contain"),

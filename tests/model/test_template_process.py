@@ -6,6 +6,8 @@ import contextlib
 import os
 import resource
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -96,6 +98,23 @@ def test_a_process_that_does_not_read_is_killed(
     monkeypatch.setattr(process, "_timeout_s", 0.05)
     with pytest.raises(TemplateTimeoutError):
         process.render(Conversation([{"role": "user", "content": "x" * (1 << 20)}]))  # fills pipes
+    monkeypatch.undo()
+    assert served(process)
+
+
+def test_a_process_that_does_not_stop_sending_is_killed(
+    process: TemplateProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though there is always something to read."""
+    endless = "import sys\nwhile True: sys.stdout.buffer.write(b'\\x7f' * 4096)"
+    process.close()
+    command = [sys.executable, "-c", endless]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        process._child, process._ready = child, True
+        monkeypatch.setattr(process, "_timeout_s", 0.05)
+        monkeypatch.setattr(template_process, "_READ_BYTES", 1)  # slower than the child
+        with pytest.raises(TemplateTimeoutError):
+            process.render(Conversation(MESSAGES))
     monkeypatch.undo()
     assert served(process)
 

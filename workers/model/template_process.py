@@ -133,10 +133,10 @@ class TemplateProcess:
         waiting = select.poll()  # not select(): an ingress has more than 1,024 descriptors
         waiting.register(source, select.POLLIN)
         waiting.register(target, select.POLLOUT)
-        left, received = memoryview(_framed(frame)), bytearray()
+        unsent, received = memoryview(_framed(frame)), bytearray()
         while len(received) < _LENGTH_BYTES or len(received) < _LENGTH_BYTES + _length(received):
-            ready = waiting.poll(max(0.0, deadline - time.monotonic()) * 1000)
-            if not ready:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0 or not (ready := waiting.poll(left_s * 1000)):
                 raise TimeoutError
             if any(descriptor == source for descriptor, _ in ready):
                 block = os.read(source, _READ_BYTES)
@@ -144,8 +144,8 @@ class TemplateProcess:
                     raise EOFError
                 received += block
             else:
-                left = left[os.write(target, left) :]
-                if not left:
+                unsent = unsent[os.write(target, unsent) :]
+                if not unsent:
                     waiting.unregister(target)
         return bytes(received[_LENGTH_BYTES:])
 
